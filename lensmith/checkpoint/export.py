@@ -1,0 +1,117 @@
+"""Model folders that stock transformers, PEFT and vLLM load: dtypes as promised, in every tensor and (sub-)config."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lensmith.core.errors import RunError
+from lensmith.model.load import SAFETENSORS_DTYPES, read_header
+
+CARRIED = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.jinja",
+    "chat_template.json", "generation_config.json",
+)  # fmt: skip
+"""Files of the base model that belong to every model made from it."""
+
+
+def write_model(folder: Path, model: Any, base: Path, dtype: torch.dtype, *, shard_gb: float = 5.0, pixels: dict[str, int] | None = None) -> None:
+    """Full weights in the vendor's tensor names, all in `dtype`, with config, tokenizer, processor and pixel settings.
+
+    transformers' save_pretrained rewrites only the root dtype and leaves the sub-configs at the load-time one, so a
+    model saved in bfloat16 claims a float32 tower (LLaMA-Factory issue 7401): here config and tensors are set together
+    and then verified on disk.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()}
+    restore = _set_dtype(model.config, dtype)
+    try:
+        model.save_pretrained(folder, state_dict=state, max_shard_size=f"{shard_gb}GB", safe_serialization=True)
+    finally:
+        restore()
+    _fix_config(folder / "config.json", dtype)
+    carry(folder, base, pixels)
+    verify_dtypes(folder, dtype)
+
+
+def _set_dtype(config: Any, dtype: torch.dtype) -> Any:
+    """Set root and sub-config dtypes for the time of a save; returns what puts them back."""
+    configs = [config, *(getattr(config, name) for name in getattr(config, "sub_configs", {}) if getattr(config, name, None) is not None)]
+    before = [(c, c.dtype) for c in configs]
+    for c in configs:
+        c.dtype = dtype
+
+    def restore() -> None:
+        for c, old in before:
+            c.dtype = old
+
+    return restore
+
+
+def _fix_config(path: Path, dtype: torch.dtype) -> None:
+    """save_pretrained sets the root to the dtype of the live model's first parameter, not of the tensors it was given."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    text = str(dtype).removeprefix("torch.")
+    config["dtype"] = text
+    for sub in config.values():
+        if isinstance(sub, dict) and "dtype" in sub:
+            sub["dtype"] = text
+    config.pop("use_cache", None)
+    for sub in config.values():
+        if isinstance(sub, dict):
+            sub.pop("use_cache", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_adapter(folder: Path, peft: Any, base: Path, base_name: str, dtype: torch.dtype = torch.float32) -> None:
+    """A PEFT adapter folder; its tensors in `dtype` (float32 unless told otherwise)."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {n: t.detach().to(dtype).cpu().contiguous() for n, t in get_peft_model_state_dict(peft).items()}
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = peft.peft_config["default"]
+    before = (config.base_model_name_or_path, config.inference_mode)
+    config.base_model_name_or_path, config.inference_mode = base_name, True
+    config.save_pretrained(folder)
+    config.base_model_name_or_path, config.inference_mode = before
+    carry(folder, base, None)
+    verify_dtypes(folder, dtype, config=False)
+
+
+def carry(folder: Path, base: Path, pixels: dict[str, int] | None) -> None:
+    """Tokenizer, processor, chat template and generation config of the base; `pixels` replaces its pixel limits."""
+    for name in CARRIED:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    path = folder / "preprocessor_config.json"
+    if pixels and path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["size"] = {"shortest_edge": pixels["min_pixels"], "longest_edge": pixels["max_pixels"]}
+        for key in ("min_pixels", "max_pixels"):
+            if key in config:
+                config[key] = pixels[key]
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def verify_dtypes(folder: Path, dtype: torch.dtype, *, config: bool = True) -> None:
+    """Every tensor on disk, and every (sub-)config that names a dtype, must have `dtype`. Raises `RunError` DTYPE."""
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, entry in read_header(file).items():
+            found = SAFETENSORS_DTYPES.get(entry["dtype"])
+            if found is not None and found != dtype:
+                raise RunError("DTYPE", f"tensor {name} was saved as {found}, not {dtype}", where=str(file))
+    if not config:
+        return
+    parsed = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    named = {"": parsed, **{k: v for k, v in parsed.items() if isinstance(v, dict)}}
+    for name, sub in named.items():
+        said = sub.get("dtype") or sub.get("torch_dtype")
+        if (said is not None or name == "") and said != str(dtype).removeprefix("torch."):
+            raise RunError("DTYPE", f"{name or 'config'} says dtype {said}, the tensors are {dtype}", where=str(folder / "config.json"))

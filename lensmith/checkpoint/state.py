@@ -1,0 +1,47 @@
+"""The training state of a checkpoint: float32 parameters and moments by name, random state, progress. No pickle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lensmith.core.errors import RunError
+from lensmith.engine.determinism import random_state, restore
+from lensmith.engine.loop import Progress
+from lensmith.engine.optimizer import MasterAdamW
+
+
+def write_state(folder: Path, optimizer: MasterAdamW, progress: Progress) -> None:
+    """`training.safetensors`, `random.safetensors` and `progress.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.cpu().contiguous() for k, v in optimizer.tensors().items()}
+    bad = [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]
+    if bad:
+        raise RunError("NONFINITE", f"{bad[0]} is not finite; this state is not saved", remedy="resume from the last checkpoint")
+    save_file(tensors, folder / "training.safetensors")
+    random_tensors, text = random_state()
+    save_file(random_tensors, folder / "random.safetensors")
+    state = asdict(progress) | {"excluded": sorted(progress.excluded.items())}
+    (folder / "progress.json").write_text(json.dumps({"progress": state, "random": json.loads(text)}), encoding="utf-8")
+
+
+def read_state(folder: Path, optimizer: MasterAdamW) -> Progress:
+    """Restore parameters, moments and random state. Names and shapes are checked before anything is touched."""
+    tensors = load_file(folder / "training.safetensors")
+    wanted = {n: tuple(p.shape) for n, p in optimizer.named}
+    found = {k.removeprefix("param/"): tuple(v.shape) for k, v in tensors.items() if k.startswith("param/")}
+    if wanted != found:
+        other = sorted(set(wanted.items()) ^ set(found.items()))[0]
+        raise RunError("RESUME", f"the checkpoint trains other parameters: {other[0]} {other[1]}", where=str(folder),
+                       remedy="keep model.path and tune as they were, or start in a new output folder")  # fmt: skip
+    saved: dict[str, Any] = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    optimizer.load_tensors(tensors)
+    restore(load_file(folder / "random.safetensors"), json.dumps(saved["random"]))
+    progress = saved["progress"]
+    progress["excluded"] = {int(k): int(v) for k, v in progress["excluded"]}
+    return Progress(**progress)

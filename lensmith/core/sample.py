@@ -1,0 +1,89 @@
+"""The nouns of training data, before any model is known. No I/O here.
+
+A *sample* is one row of a source. It holds a document (text and images in reading order) or one or more
+conversations. Several conversations in one sample are *branches*: independent of each other, each trained as if it
+stood alone; what they have in common at the front (the picture, the system prompt) is computed once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A piece of text, exactly as in the data. `train` None means: as the message or document says."""
+
+    text: str
+    train: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A picture by path (as written in the data) or by encoded bytes (Parquet, `data:` URL). Exactly one is set."""
+
+    path: str | None = None
+    data: bytes | None = field(default=None, repr=False)
+
+
+Part = Text | Image
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call the assistant makes. `arguments` is JSON text, kept as written where it was text."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `train` None means: assistant turns are trained, all others are not."""
+
+    role: Role
+    parts: tuple[Part, ...]
+    tool_calls: tuple[ToolCall, ...] = ()
+    train: bool | None = None
+
+    @property
+    def trained(self) -> bool:
+        return self.role == "assistant" if self.train is None else self.train
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in order. `tools` are JSON texts of function signatures, one each."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Text and images in reading order; by default all text is trained (continued pretraining)."""
+
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row of a source. `origin` ("train.jsonl:17") is repeated by every later error, drop and incident."""
+
+    origin: str
+    content: Document | tuple[Conversation, ...]
+    id: str | None = None
+    group: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def images(self) -> list[Image]:
+        """Every image in reading order, branch by branch, with repeats."""
+        if isinstance(self.content, Document):
+            parts = [self.content.parts]
+        else:
+            parts = [m.parts for c in self.content for m in c.messages]
+        return [p for group in parts for p in group if isinstance(p, Image)]

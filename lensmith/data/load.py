@@ -1,0 +1,145 @@
+"""From a row of a source to a sample, its tokens and its pictures. One `Loader` serves the index and the training.
+
+A loader is cheap to build in a worker process and never shared between processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lensmith.core.encoded import Encoded, ImageBlock
+from lensmith.core.errors import Drop
+from lensmith.core.sample import Image, Sample
+from lensmith.data.encode import Encoder
+from lensmith.data.formats import Format, detect
+from lensmith.data.media import ImageLimits, is_data_url, parse_data_url, read_bytes, resolve_media
+from lensmith.data.media_open import open_rgb, probe, probe_file
+from lensmith.data.readers import RowFile, RowRef, open_rows
+from lensmith.data.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One data file of a source, with everything that decides how its rows read."""
+
+    source: str
+    path: str
+    format: Format | None
+    base: str
+    weight: float = 1.0
+    max_samples: int | None = None
+
+
+@dataclass(frozen=True)
+class LoaderSpec:
+    """All a worker process needs to build a `Loader`."""
+
+    files: tuple[SourceFile, ...]
+    family: Any
+    tokenizer_json: str
+    roots: tuple[str, ...]
+    limits: ImageLimits
+    max_tokens: int
+    too_long: str
+    max_row_bytes: int
+
+    def build(self) -> Loader:
+        return Loader(self)
+
+
+class Loader:
+    def __init__(self, spec: LoaderSpec):
+        self.spec = spec
+        self.tokenizer = TextTokenizer(spec.tokenizer_json)
+        self._rows: dict[int, RowFile] = {}
+        self._formats: dict[int, Format] = {i: f.format for i, f in enumerate(spec.files) if f.format is not None}
+        self._roots = [Path(r) for r in spec.roots]
+
+    def rows(self, file: int) -> RowFile:
+        if file not in self._rows:
+            self._rows[file] = open_rows(Path(self.spec.files[file].path), max_row_bytes=self.spec.max_row_bytes)
+        return self._rows[file]
+
+    def sample(self, file: int, ref: RowRef) -> Sample:
+        """Raises `DataError` for a row that is wrong and `Drop` for one that cannot be trained."""
+        rows = self.rows(file)
+        row = rows.read(ref)
+        if file not in self._formats:
+            self._formats[file] = detect(row, rows.origin(ref))
+        return self._formats[file].parse(row, rows.origin(ref))
+
+    def encode(self, file: int, sample: Sample) -> Encoded:
+        limit = self.spec.limits.max_images
+        if len(sample.images()) > limit:
+            raise Drop("IMG_COUNT", f"{len(sample.images())} images > data.image.max_images = {limit}")
+        return self.encoder(file, sample.origin).encode(sample)
+
+    def encoder(self, file: int, origin: str) -> Encoder:
+        def size(image: Image) -> tuple[int, int]:
+            info = self.header(file, image, origin)
+            return info.width, info.height
+
+        return Encoder(self.spec.family, self.tokenizer, size, self.spec.max_tokens, self.spec.too_long)  # type: ignore[arg-type]
+
+    def header(self, file: int, image: Image, origin: str) -> Any:
+        """Size, format and notes from the header of a picture; no pixel is decoded."""
+        if image.data is not None:
+            return probe(image.data, self.spec.limits)
+        assert image.path is not None
+        if is_data_url(image.path):
+            return probe(parse_data_url(image.path, self.spec.limits), self.spec.limits)
+        return probe_file(self.path(file, image.path, origin), self.spec.limits)
+
+    def path(self, file: int, path: str, origin: str) -> Path:
+        base = Path(self.spec.files[file].base)
+        return resolve_media(path, [base, *self._roots], origin, base)
+
+    def handle(self, file: int, image: Image, origin: str) -> str:
+        """A cheap identity: where the picture is, or its bytes. Equal handles mean the same picture."""
+        if image.data is not None:
+            return hashlib.blake2b(image.data, digest_size=16).hexdigest()
+        assert image.path is not None
+        if is_data_url(image.path):
+            return hashlib.blake2b(image.path.encode(), digest_size=16).hexdigest()
+        return str(self.path(file, image.path, origin))
+
+    def bytes_of(self, file: int, image: Image, origin: str) -> bytes:
+        if image.data is not None:
+            return image.data
+        assert image.path is not None
+        if is_data_url(image.path):
+            return parse_data_url(image.path, self.spec.limits)
+        return read_bytes(self.path(file, image.path, origin), self.spec.limits)
+
+    def patches(self, data: bytes, block: ImageBlock) -> np.ndarray:
+        """uint8 [P, D]. Raises `Drop` when the picture does not decode or no longer has the size of its header."""
+        picture, _ = open_rgb(data, self.spec.limits)
+        placed = self.spec.family.place(block.image, *picture.size)
+        if placed.grid_thw != block.grid_thw:
+            raise Drop("CHANGED", f"the picture is now {picture.size[0]}x{picture.size[1]}")
+        return self.spec.family.patches(picture, block)
+
+
+def content_key(data: bytes) -> str:
+    """The identity of a picture's bytes, for the vision cache."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def digest_of(sample: Sample, handles: Sequence[str]) -> int:
+    """64 bits over everything a sample says, to find evaluation rows in the training data."""
+    h = hashlib.blake2b(digest_size=8)
+    h.update(repr(_texts(sample.content)).encode("utf-8", "surrogatepass"))
+    h.update(repr(list(handles)).encode("utf-8", "surrogatepass"))
+    return int.from_bytes(h.digest(), "little", signed=True)
+
+
+def _texts(content: Any) -> Any:
+    if isinstance(content, tuple):
+        return [[(m.role, [getattr(p, "text", None) for p in m.parts], m.tool_calls) for m in c.messages] for c in content]
+    return [getattr(p, "text", None) for p in content.parts]

@@ -1,0 +1,96 @@
+"""The options of the data path: what is read, how it is sized, how much may be left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from lensmith.config.part import Part
+from lensmith.data.formats import Format
+from lensmith.data.media import ImageLimits
+
+
+class Source(Part):
+    """One source of samples: a file, a folder or a glob, and how its rows read."""
+
+    path: str
+    """File (.jsonl, .json, .parquet), folder or glob; relative to the run file."""
+    format: Format | None = None
+    """Row layout: `messages`, `sharegpt`, `alpaca`, `document`, or a mapping with its options. Left out: detected from
+    the first row."""
+    media_dir: str | None = None
+    """Folder that relative picture paths count from. Left out: the folder of the data file."""
+    name: str | None = None
+    """Name in ledger, log and report. Left out: the file name."""
+    weight: float = Field(1.0, ge=0)
+    """Weight of this source's tokens in the loss."""
+    max_samples: int | None = Field(None, ge=1)
+    """Read only the first so many rows."""
+
+
+def _one_or_many(value: Any) -> Any:
+    """`train: file.jsonl` means `train: [{path: file.jsonl}]`."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_one_or_many)]
+
+
+class Data(Part):
+    """Where samples come from and how they are measured."""
+
+    train: Sources
+    """Sources to train on: a path, a list of paths, or a list of sources."""
+    eval: Sources = ()
+    """Held-out sources."""
+    holdout: float = Field(0.0, ge=0, lt=1)
+    """Share of the training pictures whose samples are held out instead (split by picture, never by row; a sample
+    without pictures counts as its own). Used when `eval` is empty."""
+    media_roots: tuple[str, ...] = ()
+    """Folders that absolute picture paths may point into. Relative paths stay inside `media_dir` or one of these."""
+    max_tokens: int = Field(2048, ge=8)
+    """Longest sample in tokens, images included."""
+    too_long: Literal["drop", "cut"] = "drop"
+    """`drop`: a longer sample is left out, with its lengths in the ledger. `cut`: whole trailing messages are cut, then
+    as `drop`. An image block is never cut."""
+    min_pixels: int | None = Field(None, ge=1)
+    """Pictures below this area are enlarged. Left out: the model's own setting."""
+    max_pixels: int | None = Field(None, ge=1)
+    """Pictures above this area are reduced. Left out: the model's own setting."""
+    image: ImageLimits = ImageLimits()
+    """What a picture may be at all."""
+    max_dropped: float = Field(0.05, ge=0, le=1)
+    """The run stops before step 1 when a larger share of the rows is dropped."""
+    max_row_bytes: int = Field(64 << 20, ge=1024)
+    """Longest row that is read."""
+    workers: int | None = Field(None, ge=0)
+    """Processes that read and decode ahead of training. Left out: one less than the processors this process may use,
+    at most 4; 0 reads in the training process."""
+    cache: str | None = None
+    """Folder of the index cache. Left out: `$LENSMITH_CACHE` or `~/.cache/lensmith`."""
+
+
+class Batch(Part):
+    """How many samples make a step, and how many tokens a device takes at once."""
+
+    samples: int | None = Field(None, ge=1)
+    """Samples of one optimizer step over all devices. Exactly one of `samples` and `tokens`; left out both: 16."""
+    tokens: int | None = Field(None, ge=1)
+    """A step takes the next samples as long as they have no more tokens than this in all."""
+    device_tokens: int | None = Field(None, ge=8)
+    """Tokens of one packed row (a micro-batch). Left out: `data.max_tokens`, at least 4096."""
+    device_patches: int | None = Field(None, ge=1)
+    """Most vision patches of one packed row. A sample with more of its own still trains, alone."""
+    partial: Literal["carry", "epoch_end", "drop"] = "carry"
+    """What an epoch's last samples do that do not fill a step: `carry` them into the next epoch's first step, make a
+    smaller step at `epoch_end`, or `drop` them."""
+    packing: bool = True
+    """Pack samples side by side into rows (same loss and gradient, faster). Off: one sample per row."""
+
+
+def data_root(source_file: Path, media_dir: str | None, run_folder: Path) -> Path:
+    """The folder relative picture paths count from."""
+    return (run_folder / media_dir).resolve() if media_dir else source_file.parent.resolve()

@@ -1,0 +1,76 @@
+"""Text to ids, with a hard border between text and control tokens.
+
+The vendor's tokenizer turns `<|im_end|>` typed by a user into the control token of that name (measured; also with
+`add_special_tokens=False`). Here text runs through a copy of the tokenizer that knows no added token at all, and
+control tokens are placed only by the family's rendering. Between control tokens, neighbouring texts form one run, so
+tokens merge across the border of template and content exactly as they do in the vendor's chat template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from lensmith.core.errors import ModelError
+
+
+class TextTokenizer:
+    """Wraps `tokenizer.json`. Not shared between processes: each worker loads its own."""
+
+    def __init__(self, file_json: str):
+        parsed = json.loads(file_json)
+        self.added: dict[str, int] = {t["content"]: t["id"] for t in parsed.get("added_tokens", [])}
+        self.fingerprint = hashlib.sha256(file_json.encode()).hexdigest()[:16]
+        names = sorted(self.added, key=len, reverse=True)
+        self._border = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+        parsed["added_tokens"] = []
+        parsed["truncation"] = parsed["padding"] = parsed["post_processor"] = None
+        self._plain = Tokenizer.from_str(json.dumps(parsed))
+        self._full = Tokenizer.from_str(file_json)
+        self.num_ids = max([self._plain.get_vocab_size(with_added_tokens=False), *(i + 1 for i in self.added.values())])
+
+    @staticmethod
+    def from_folder(folder: Path) -> TextTokenizer:
+        file = folder / "tokenizer.json"
+        if file.is_file():
+            return TextTokenizer(file.read_text(encoding="utf-8"))
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            from transformers import AutoTokenizer
+
+            return TextTokenizer(AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str())
+        raise ModelError("TOKENIZER", "no tokenizer.json (nor vocab.json and merges.txt)", where=str(folder))
+
+    def control(self, token: str) -> int:
+        """The id of a control token. Raises `ModelError` when this tokenizer has none of that name."""
+        try:
+            return self.added[token]
+        except KeyError:
+            raise ModelError("TOKENIZER", f"the tokenizer has no control token {token!r}") from None
+
+    def split_controls(self, text: str) -> list[tuple[str, int | None]]:
+        """Template text in order: (text, None) for plain stretches, (name, id) for control tokens."""
+        found = [t for t in self._border.split(text) if t] if self._border else [text]
+        return [(t, self.added.get(t)) for t in found]
+
+    def plain(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """ids [n] and, in characters of `text`, where each token begins [n]. No text becomes a control token."""
+        if not text:
+            return np.zeros(0, np.int32), np.zeros(0, np.int32)
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        starts = np.fromiter((o[0] for o in encoding.offsets), np.int32, len(encoding.ids))
+        return np.array(encoding.ids, np.int32), starts
+
+    def mentions_control(self, text: str) -> bool:
+        return any(token in text for token in self.added)
+
+    def full_json(self) -> str:
+        """The tokenizer as `tokenizer.json` text."""
+        return self._full.to_str()
+
+    def decode(self, ids: list[int], *, control: bool = True) -> str:
+        return self._full.decode(ids, skip_special_tokens=not control)

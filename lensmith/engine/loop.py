@@ -1,0 +1,197 @@
+"""The training loop. It is handed an iterator of steps, a module and callbacks, and knows neither data nor family."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+from lensmith.core.errors import RunError
+from lensmith.engine.optimizer import MasterAdamW
+from lensmith.engine.options import WSD, Constant, Cosine, EarlyStop, Linear, Save, Train
+from lensmith.engine.schedule import factor
+from lensmith.engine.step import StepResult, Terms, run_step
+
+
+class StepInput(Protocol):
+    """What the loop needs of a step's data."""
+
+    @property
+    def step(self) -> Any: ...
+
+    rows: list[Any]
+    num_samples: int
+    num_tokens: int
+    num_supervised: float
+    wait_seconds: float
+
+
+@dataclass
+class Progress:
+    """Where a run is: everything of the loop that a checkpoint holds beside tensors."""
+
+    step: int = 0
+    """Plan steps done, vetoed ones included."""
+    applied: int = 0
+    """Updates applied; what the schedule counts."""
+    cursor: int = 0
+    epoch: float = 0.0
+    tokens: int = 0
+    supervised: float = 0.0
+    samples: int = 0
+    best: float | None = None
+    worse: int = 0
+    bad_in_a_row: int = 0
+    excluded: dict[int, int] = field(default_factory=dict[int, int])
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What happens at step borders. `evaluate` returns held-out metrics; `save` publishes a checkpoint."""
+
+    log: Callable[[Progress, StepInput, StepResult, float], None]
+    evaluate: Callable[[Progress], dict[str, float]]
+    save: Callable[[Progress, dict[str, float] | None], None]
+    refresh: Callable[[Any], Any]
+    event: Callable[[str, dict[str, Any]], None]
+
+
+@dataclass
+class Loop:
+    root: Callable[[Any], Terms]
+    optimizer: MasterAdamW
+    schedule: Constant | Linear | Cosine | WSD
+    part_of: Callable[[str], str]
+    train: Train
+    saving: Save
+    total_steps: int
+    evaluate_every: int | None
+    callbacks: Callbacks
+    progress: Progress = field(default_factory=Progress)
+
+    def run(self, steps: Iterator[StepInput]) -> Progress:
+        """Until the steps end, `max_steps`, an early stop or a signal; always saves at the end.
+
+        Raises `Interrupted` after a save when SIGTERM, SIGINT or SIGHUP arrived, and `RunError` NONFINITE.
+        """
+        last_save, saved_at = time.monotonic(), self.progress.step
+        metrics: dict[str, float] | None = None
+        with Signals() as signals:
+            for data in steps:
+                self._one(data)
+                done = self.progress.step
+                fresh = self._evaluate() if self.evaluate_every and done % self.evaluate_every == 0 else None
+                metrics = fresh or metrics
+                stop = fresh is not None and self._stop_early(fresh)
+                if self._save_due(done, last_save) or signals.caught is not None or stop:
+                    self.callbacks.save(self.progress, metrics)
+                    last_save, saved_at = time.monotonic(), done
+                if signals.caught is not None:
+                    raise Interrupted(signals.caught, done)
+                if stop:
+                    self.callbacks.event("early_stop", {"step": done})
+                    break
+            if saved_at != self.progress.step or self.progress.step == 0:
+                self.callbacks.save(self.progress, metrics)
+        return self.progress
+
+    def _one(self, data: StepInput) -> None:
+        begin = time.perf_counter()
+        p = self.progress
+        if data.num_supervised > 0:
+            result = run_step(
+                self.root,
+                [self.callbacks.refresh(row) for row in data.rows],
+                data.num_supervised,
+                self.optimizer,
+                self.part_of,
+                factor=factor(self.schedule, p.applied, self.total_steps),
+                clip_norm=self.train.clip_norm,
+            )
+        else:
+            result = StepResult(0.0, 0.0, {}, True, self.optimizer.rates())
+        p.step, p.cursor, p.epoch = data.step.number + 1, data.step.cursor, data.step.epoch
+        if result.applied:
+            p.applied, p.bad_in_a_row = p.applied + 1, 0
+            p.tokens, p.samples = p.tokens + data.num_tokens, p.samples + data.num_samples
+            p.supervised += data.num_supervised
+        else:
+            p.bad_in_a_row += 1
+        self.callbacks.log(p, data, result, time.perf_counter() - begin)
+        if p.bad_in_a_row > self.train.max_bad_steps:
+            raise RunError(
+                "NONFINITE",
+                f"loss or gradient was not finite in {p.bad_in_a_row} steps in a row, up to step {p.step}; none was applied",
+                remedy="lower optimizer.lr, use bf16 rather than fp16, or look at the samples of these steps with `lensmith show`",
+            )
+
+    def _save_due(self, done: int, last_save: float) -> bool:
+        s = self.saving
+        by_steps = s.every_steps is not None and done % s.every_steps == 0
+        return by_steps or (s.every_minutes is not None and time.monotonic() - last_save >= 60 * s.every_minutes)
+
+    def _evaluate(self) -> dict[str, float]:
+        return self.callbacks.evaluate(self.progress)
+
+    def _stop_early(self, metrics: dict[str, float]) -> bool:
+        rule: EarlyStop | None = self.train.early_stop
+        if rule is None:
+            return False
+        value = score(metrics, rule.metric)
+        p = self.progress
+        if value is not None and (p.best is None or value > p.best + rule.min_change):
+            p.best, p.worse = value, 0
+        else:
+            p.worse += 1
+        return p.worse >= rule.patience
+
+
+def score(metrics: dict[str, float], name: str) -> float | None:
+    """A metric as larger-is-better; None when it is missing or not finite (never the best)."""
+    value = metrics.get(name)
+    if value is None or value - value != 0.0:
+        return None
+    return -value if "loss" in name else value
+
+
+class Interrupted(Exception):
+    """A signal ended the run at a step border, after a save."""
+
+    def __init__(self, number: int, step: int):
+        self.number, self.step = number, step
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; the run is saved and resumes from there")
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.number
+
+
+class Signals:
+    """Remembers the first SIGTERM, SIGINT or SIGHUP; a second one acts at once as it did before."""
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                self._before[number] = signal.signal(number, self._catch)
+        except ValueError:  # not the main thread: whoever owns it handles signals
+            self._before.clear()
+        return self
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self.caught = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def __exit__(self, *exc: object) -> None:
+        self._restore()

@@ -1,0 +1,73 @@
+"""One optimizer step: micro-batches forward and backward, one division by the global count, guard, clip, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lensmith.engine.optimizer import MasterAdamW
+
+Terms = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Figures of one step. `applied` False: vetoed, nothing moved."""
+
+    loss: float
+    grad_norm: float
+    grad_norm_parts: dict[str, float]
+    applied: bool
+    rates: dict[str, float]
+
+
+def run_step(
+    root: Callable[[Any], Terms],
+    rows: Sequence[Any],
+    count: float,
+    optimizer: MasterAdamW,
+    part_of: Callable[[str], str],
+    *,
+    factor: float,
+    clip_norm: float | None,
+) -> StepResult:
+    """`count` is the sum of weights over the supervised positions of the whole step, known before the forward pass:
+    each micro-batch's loss sum is divided by it, so the gradient is that of the token-weighted mean however the
+    samples are packed.
+    """
+    optimizer.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        loss_sum, _ = root(row)["loss"]
+        (loss_sum / count).backward()
+        optimizer.collect()
+        total += loss_sum.detach().double().cpu()
+    loss = float(total / count)
+    norms = _norms(optimizer, part_of)
+    norm = float(torch.stack(list(norms.values())).square().sum().sqrt()) if norms else 0.0
+    parts = {k: float(v) for k, v in norms.items()}
+    finite = _finite(loss) and _finite(norm)
+    if finite:
+        if clip_norm is not None and norm > clip_norm:
+            torch._foreach_mul_([g for _, g in optimizer.gradients()], clip_norm / (norm + 1e-6))
+        optimizer.step(factor)
+    rates = optimizer.rates()
+    optimizer.zero_grad()
+    return StepResult(loss, norm, parts, finite, rates)
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+def _norms(optimizer: MasterAdamW, part_of: Callable[[str], str]) -> dict[str, torch.Tensor]:
+    """L2 norm of the gradient per part, float32, on the CPU."""
+    by_part: dict[str, list[torch.Tensor]] = {}
+    for name, grad in optimizer.gradients():
+        by_part.setdefault(part_of(name), []).append(grad)
+    return {
+        part: torch.stack(torch._foreach_norm(grads)).float().square().sum().sqrt().cpu() for part, grads in by_part.items()
+    }

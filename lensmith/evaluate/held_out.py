@@ -1,0 +1,164 @@
+"""Held-out figures: loss per supervised token, and answers generated for the questions of held-out samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lensmith.core.encoded import PackedRow
+from lensmith.core.errors import Drop
+from lensmith.core.sample import Document, Image, Sample
+from lensmith.data.index import Index
+from lensmith.data.load import Loader
+from lensmith.data.pipeline import Pipeline
+from lensmith.data.questions import Question, load_questions, picture_row, split_question
+from lensmith.evaluate.generate import greedy
+from lensmith.evaluate.metrics import by_group, commonest_answers, exact_match
+from lensmith.evaluate.options import Generate
+from lensmith.model.root import Root
+
+Progress = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def mean_loss(root: Root, pipeline: Pipeline, progress: Progress | None = None) -> float:
+    """Loss sum over supervised tokens of the whole held-out set, divided once."""
+    total, count = torch.zeros((), dtype=torch.float64), 0.0
+    done = 0
+    for step in pipeline.steps():
+        for row in step.rows:
+            loss, weight = root(row if not root.missing(row) else pipeline.reread(row.members))["loss"]
+            total += loss.double().cpu()
+            count += float(weight)
+        done += step.num_samples
+        if progress is not None:
+            progress(done, pipeline.plan.num_samples)
+    return float(total / count) if count else float("nan")
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One question with its reference and the model's answer."""
+
+    question: Question
+    answer: str
+
+
+@dataclass
+class Answers:
+    """Generates answers for the questions of `index`; `rule` says how."""
+
+    root: Root
+    family: Any
+    index: Index
+    rule: Generate
+
+    def __post_init__(self) -> None:
+        self.loader = self.index.spec.build()
+        self._stop = {self.loader.tokenizer.control(self.family.turn_end)}
+        self._stop |= {i for n, i in self.loader.tokenizer.added.items() if n == self.family.end_of_document}
+
+    def samples(self, limit: int | None) -> list[int]:
+        n = len(self.index.trainable)
+        most = min(x for x in (n, limit, self.rule.max_samples) if x is not None)
+        return list(range(most))
+
+    def run(self, samples: Sequence[int], *, swapped: bool = False, progress: Progress | None = None) -> list[Answered]:
+        """Answers in sample order. `swapped`: each sample is shown the pictures of another one."""
+        pictures = _swaps(self.index, samples) if swapped else {}
+        out: list[Answered] = []
+        batch: list[Question] = []
+        used = 0
+        for n, number in enumerate(samples):
+            file, ref = self.index.refs[number]
+            try:
+                questions = load_questions(self.loader, file, ref, self._pictures_of(pictures.get(number)))
+            except Drop:
+                continue
+            for question in questions:
+                size = question.prompt.num_tokens
+                if batch and (used + size) > self.rule.batch_tokens:
+                    out += self._answer(batch)
+                    batch, used = [], 0
+                batch.append(question)
+                used += size
+            if progress is not None:
+                progress(n + 1, len(samples))
+        return out + (self._answer(batch) if batch else [])
+
+    def _pictures_of(self, number: int | None) -> tuple[int, list[Image]] | None:
+        if number is None:
+            return None
+        file, ref = self.index.refs[number]
+        return file, self.loader.sample(file, ref).images()
+
+    def _answer(self, batch: list[Question]) -> list[Answered]:
+        training = self.root.model.training
+        self.root.model.eval()
+        row = _picture_row(self.loader, batch, self.root)
+        with torch.no_grad(), self.root.autocast():
+            features = self.root.features(row)
+            ids = greedy(
+                self.root.model, self.family, [q.prompt for q in batch], features,
+                stop=self._stop, max_new_tokens=self.rule.max_new_tokens, device=self.root.device,
+            )  # fmt: skip
+        self.root.model.train(training)
+        return [Answered(q, self.loader.tokenizer.decode(i, control=False).strip()) for q, i in zip(batch, ids, strict=True)]
+
+    def scores(self, answered: Sequence[Answered]) -> dict[str, float]:
+        references = [a.question.reference for a in answered]
+        return by_group(exact_match([a.answer for a in answered], references), references, self.rule.groups)
+
+    def baseline(self, train: Index, answered: Sequence[Answered]) -> dict[str, float]:
+        """Scores of the commonest training answer to each question's text ("" for a question never seen)."""
+        table = commonest_answers(_pairs(train))
+        references = [a.question.reference for a in answered]
+        guesses = [table.get(a.question.text, "") for a in answered]
+        return by_group(exact_match(guesses, references), references, self.rule.groups)
+
+
+def _pairs(index: Index) -> Iterable[tuple[str, str]]:
+    loader = index.spec.build()
+    for file, ref in index.refs:
+        yield from question_pairs(loader.sample(file, ref))
+
+
+def question_pairs(sample: Sample) -> list[tuple[str, str]]:
+    """(last user text, answer) of each conversation."""
+    if isinstance(sample.content, Document):
+        return []
+    found = [split_question(c) for c in sample.content]
+    return [(f[1], f[2]) for f in found if f is not None]
+
+
+def _picture_row(loader: Loader, batch: Sequence[Question], root: Root) -> PackedRow:
+    """The distinct pictures of a batch of questions, as a row without tokens."""
+    known = root.cache.known() if root.cache is not None else {}
+    row = picture_row(loader, batch, known)
+    if root.missing(row):
+        row = picture_row(loader, batch, {})
+    if root.cache is not None:
+        root.cache.learn(row.meta["handles"])
+    return row
+
+
+def _swaps(index: Index, samples: Sequence[int]) -> dict[int, int]:
+    """Sample -> another one with as many pictures, whose first picture differs; a fixed rotation."""
+    images = index.column("images")
+    clusters = index.clusters
+    by_count: dict[int, list[int]] = {}
+    for s in samples:
+        if images[s]:
+            by_count.setdefault(int(images[s]), []).append(s)
+    out: dict[int, int] = {}
+    for group in by_count.values():
+        for i, s in enumerate(group):
+            half = len(group) // 2 or 1
+            others = (group[(i + half + k) % len(group)] for k in range(len(group)))
+            other = next((o for o in others if clusters[o] != clusters[s]), None)
+            if other is not None:
+                out[s] = other
+    return out

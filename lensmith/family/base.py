@@ -1,0 +1,78 @@
+"""What lensmith needs to know of a model family. One file per family implements it; `registry` finds the file.
+
+The data half (rendering, image placement, patches, positions) is pure and needs neither torch nor weights. The model
+half works on a loaded transformers model and is called only inside the root module's forward.
+
+Shape letters: T tokens of a packed row, P patches, D values of a patch, I images, N tokens of images, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from lensmith.core.encoded import ImageBlock
+from lensmith.core.sample import Conversation, Document, Image
+from lensmith.data.encode import Piece
+
+if TYPE_CHECKING:
+    import PIL.Image
+    import torch
+    from torch import nn
+
+    from lensmith.model.attention import AttentionPlan
+
+PartName = Literal["vision", "projector", "language", "embeddings", "head"]
+PARTS: tuple[PartName, ...] = ("vision", "projector", "language", "embeddings", "head")
+
+
+@dataclass(frozen=True, slots=True)
+class PixelSettings:
+    """How pictures are sized and normalised, from the model's own preprocessor config or the run file."""
+
+    min_pixels: int
+    max_pixels: int
+    patch: int
+    merge: int
+    temporal: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class Family(Protocol):
+    """See `qwen_vl.py` for the reference implementation and docs/adding_a_family.md for the steps."""
+
+    name: str
+    image_token: str
+    end_of_document: str
+    control_tokens: tuple[str, ...]
+    packing: Literal["segments", "one_sample_per_row"]
+    pixels: PixelSettings
+    turn_end: str
+
+    # data half
+    def render(self, conversation: Conversation, *, ask: bool = False) -> list[Piece]: ...
+    def render_document(self, document: Document) -> list[Piece]: ...
+    def place(self, image: Image, width: int, height: int) -> ImageBlock: ...
+    def patches(self, picture: PIL.Image.Image, block: ImageBlock) -> np.ndarray: ...
+    def positions(self, kind_L: np.ndarray, grids: Sequence[tuple[int, int, int]]) -> np.ndarray: ...
+
+    # model half
+    def part_of(self, name: str) -> PartName: ...
+    def blocks(self, model: nn.Module, part: PartName) -> Sequence[nn.Module]: ...
+    def lora_pattern(self, parts: Sequence[PartName]) -> str: ...
+    def encode_images(self, model: nn.Module, pixels_PD: torch.Tensor, grids_I3: torch.Tensor) -> list[torch.Tensor]: ...
+    def project(self, model: nn.Module, features: list[torch.Tensor]) -> list[torch.Tensor]: ...
+    def hidden(
+        self,
+        model: nn.Module,
+        ids_BT: torch.Tensor,
+        features_NH: torch.Tensor | None,
+        image_mask_BT: torch.Tensor,
+        position_ids_3BT: torch.Tensor,
+        **attention: Any,
+    ) -> Any: ...
+    def training_plans(self, model: nn.Module) -> Mapping[nn.Module, AttentionPlan]: ...

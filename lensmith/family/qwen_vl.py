@@ -1,0 +1,360 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: chat form, image placement, rotary positions, parts, forward.
+
+Vendor sources: the models' chat templates, `preprocessor_config.json`, and transformers' `modeling_qwen2_vl`,
+`modeling_qwen2_5_vl`, `modeling_qwen3_vl`. Equality with them is tested token by token and pixel by pixel.
+
+Deliberate differences from the vendor's template, by name:
+- `typed_control_tokens`: `<|im_end|>`, `<|image_pad|>`, `<tool_call>`, ... inside data stay text;
+- `tools_before_qwen3`: Qwen2-VL's and Qwen2.5-VL's templates drop tools and tool calls and print a `tool` role; here
+  all three families write them in the form of the Qwen3-VL template (and of LLaMA-Factory's `tool_format: qwen`).
+
+Training: assistant text and its `<|im_end|>` are targets; role headers, images and the newline after `<|im_end|>` not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from lensmith.core.encoded import IMAGE, ImageBlock
+from lensmith.core.errors import Drop
+from lensmith.core.sample import Conversation, Document, Image, Message, Text
+from lensmith.data.encode import Picture, Piece, Run, Template
+from lensmith.family.base import PartName, PixelSettings
+
+if TYPE_CHECKING:
+    import PIL.Image
+    import torch
+    from torch import nn
+
+    from lensmith.model.attention import AttentionPlan
+
+MAX_ASPECT = 200  # the vendor's processor refuses more
+
+TOOLS_HEAD = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+TOOLS_TAIL = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
+    "</tool_call>"
+)
+
+
+@dataclass(frozen=True)
+class QwenVL:
+    """One of the three Qwen-VL generations. `default_system` is what the model's own template puts in front."""
+
+    name: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+    pixels: PixelSettings
+    default_system: str | None
+
+    image_token: ClassVar[str] = "<|image_pad|>"
+    end_of_document: ClassVar[str] = "<|endoftext|>"
+    turn_end: ClassVar[str] = "<|im_end|>"
+    control_tokens: ClassVar[tuple[str, ...]] = (
+        "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    )  # fmt: skip
+    packing: ClassVar[Literal["segments"]] = "segments"
+
+    # -- rendering ----------------------------------------------------------------------------------------------
+
+    def render(self, conversation: Conversation, *, ask: bool = False) -> list[Piece]:
+        """Pieces of a conversation. `ask` ends with the header of an assistant turn, for generation."""
+        messages = list(conversation.messages)
+        pieces: list[Piece] = []
+        system = messages.pop(0) if messages and messages[0].role == "system" else None
+        if conversation.tools:
+            pieces += self._system_with_tools(system, conversation.tools)
+        elif system is not None:
+            pieces += self._turn(system)
+        elif self.default_system is not None:
+            pieces.append(Template(f"<|im_start|>system\n{self.default_system}<|im_end|>\n"))
+        for position, message in enumerate(messages):
+            before = messages[position - 1].role if position else None
+            after = messages[position + 1].role if position + 1 < len(messages) else None
+            pieces += self._tool_result(message, before, after) if message.role == "tool" else self._turn(message)
+        if ask:
+            pieces.append(Template("<|im_start|>assistant\n"))
+        return pieces
+
+    def render_document(self, document: Document) -> list[Piece]:
+        """Text and images as they stand, then the end-of-document token (trained)."""
+        return [*self._parts(document.parts, trained=True), Template(self.end_of_document, trained=True)]
+
+    def _turn(self, message: Message) -> list[Piece]:
+        trained = message.trained
+        pieces: list[Piece] = [Template(f"<|im_start|>{message.role}\n"), *self._parts(message.parts, trained)]
+        has_text = bool(message.parts)
+        for position, call in enumerate(message.tool_calls):
+            border = "\n" if position or has_text else ""
+            pieces += [
+                Template(f'{border}<tool_call>\n{{"name": "', trained),
+                Run(call.name, trained),
+                Template('", "arguments": ', trained),
+                Run(call.arguments, trained),
+                Template("}\n</tool_call>", trained),
+            ]
+        return [*pieces, Template("<|im_end|>", trained), Template("\n")]
+
+    def _parts(self, parts: Sequence[Text | Image], trained: bool) -> list[Piece]:
+        pieces: list[Piece] = []
+        for part in parts:
+            if isinstance(part, Text):
+                pieces.append(Run(part.text, trained if part.train is None else part.train))
+            else:
+                pieces += [Template("<|vision_start|>"), Picture(part), Template("<|vision_end|>")]
+        return pieces
+
+    def _system_with_tools(self, system: Message | None, tools: tuple[str, ...]) -> list[Piece]:
+        pieces: list[Piece] = [Template("<|im_start|>system\n")]
+        if system is not None:
+            pieces += [*self._parts(system.parts, trained=False), Template("\n\n")]
+        pieces.append(Template(TOOLS_HEAD))
+        for tool in tools:
+            pieces += [Template("\n"), Run(_as_template_json(tool))]
+        return [*pieces, Template(TOOLS_TAIL + "<|im_end|>\n")]
+
+    def _tool_result(self, message: Message, before: str | None, after: str | None) -> list[Piece]:
+        """Neighbouring tool results share one user turn."""
+        pieces: list[Piece] = [] if before == "tool" else [Template("<|im_start|>user")]
+        pieces += [
+            Template("\n<tool_response>\n"),
+            *self._parts(message.parts, message.trained),
+            Template("\n</tool_response>"),
+        ]
+        return pieces if after == "tool" else [*pieces, Template("<|im_end|>\n")]
+
+    # -- images -------------------------------------------------------------------------------------------------
+
+    def place(self, image: Image, width: int, height: int) -> ImageBlock:
+        """Size, grid and token count of a picture of `width` x `height` (after EXIF rotation).
+
+        Both sides become multiples of patch * merge, the area lies within [min_pixels, max_pixels] and the aspect
+        ratio is kept as near as that allows (the vendor's `smart_resize`). Raises `Drop` IMG_ASPECT above 200 : 1.
+        """
+        p = self.pixels
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise Drop("IMG_ASPECT", f"{width}x{height} is longer than {MAX_ASPECT}:1")
+        unit = p.patch * p.merge
+        high, wide = round(height / unit) * unit, round(width / unit) * unit
+        if high * wide > p.max_pixels:
+            shrink = math.sqrt(height * width / p.max_pixels)
+            high = max(unit, math.floor(height / shrink / unit) * unit)
+            wide = max(unit, math.floor(width / shrink / unit) * unit)
+        elif high * wide < p.min_pixels:
+            grow = math.sqrt(p.min_pixels / (height * width))
+            high, wide = math.ceil(height * grow / unit) * unit, math.ceil(width * grow / unit) * unit
+        grid = (1, high // p.patch, wide // p.patch)
+        return ImageBlock(image, wide, high, grid, grid[1] * grid[2] // p.merge**2)
+
+    def patches(self, picture: PIL.Image.Image, block: ImageBlock) -> np.ndarray:
+        """uint8 [P, 3 * patch * patch] in the tower's order: merge blocks of patches, then channel, row, column."""
+        from PIL import Image as pillow
+
+        p = self.pixels
+        if picture.size != (block.width, block.height):
+            picture = picture.resize((block.width, block.height), pillow.Resampling.BICUBIC)
+        _, rows, columns = block.grid_thw
+        a = np.asarray(picture).reshape(rows // p.merge, p.merge, p.patch, columns // p.merge, p.merge, p.patch, 3)
+        return np.ascontiguousarray(a.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(rows * columns, -1)
+
+    def positions(self, kind_L: np.ndarray, grids: Sequence[tuple[int, int, int]]) -> np.ndarray:
+        """M-RoPE positions int32 [3, L] of one sample (Qwen2-VL, arXiv 2409.12191, section 2.1).
+
+        Text counts up in all three rows; an image keeps its time fixed and counts rows and columns from where it
+        begins; the next text goes on at begin + max(rows, columns).
+        """
+        out = np.empty((3, len(kind_L)), np.int32)
+        at, here = 0, 0
+        remaining = list(grids)
+        while at < len(kind_L):
+            if kind_L[at] == IMAGE:
+                t, h, w = remaining.pop(0)
+                h, w = h // self.pixels.merge, w // self.pixels.merge
+                end = at + t * h * w
+                out[:, at:end] = np.indices((t, h, w)).reshape(3, -1) + here
+                here += max(h, w)
+            else:
+                stop = np.flatnonzero(kind_L[at:] == IMAGE)
+                end = at + int(stop[0]) if len(stop) else len(kind_L)
+                out[:, at:end] = np.arange(here, here + end - at)
+                here += end - at
+            at = end
+        return out
+
+    # -- model --------------------------------------------------------------------------------------------------
+
+    def part_of(self, name: str) -> PartName:
+        """The part a parameter belongs to. The projector is the merger inside `.visual`, as in LLaMA-Factory."""
+        if re.search(r"(^|\.)visual\.merger\.", name):
+            return "projector"
+        if re.search(r"(^|\.)visual\.", name):
+            return "vision"
+        if re.search(r"(^|\.)lm_head\.", name):
+            return "head"
+        return "embeddings" if ".embed_tokens." in name else "language"
+
+    def blocks(self, model: nn.Module, part: PartName) -> Sequence[nn.Module]:
+        """The repeated layers of a part, in forward order (freeze by layers, recomputation, compile)."""
+        inner: Any = model
+        if part == "vision":
+            return list(inner.model.visual.blocks)
+        return list(inner.model.language_model.layers) if part == "language" else []
+
+    def lora_pattern(self, parts: Sequence[PartName]) -> str:
+        """A full-match pattern for the linear layers of `parts`. The vision MLP of Qwen2.5-VL has layers called
+        gate_proj, up_proj and down_proj too, so suffixes alone would hit it (peft issue 2615)."""
+        patterns = {
+            "language": r".*language_model\.layers\.\d+\.(self_attn|mlp)\.[qkvo_gateupdown]+_proj",
+            "vision": r".*visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.\w+)|deepstack_merger_list\.\d+\.linear_fc[12])",
+            "projector": r".*visual\.merger\.(mlp\.[02]|linear_fc[12])",
+        }
+        return "|".join(f"({patterns[p]})" for p in parts if p in patterns)
+
+    def tower(self, model: nn.Module, pixels_PD: torch.Tensor, grids: Sequence[tuple[int, int, int]]) -> Any:
+        """transformers' vision output for uint8 patches [P, D]; one segment per frame or window, never a loop."""
+        import torch
+
+        visual: Any = model.model.visual  # type: ignore[union-attr]
+        weight = visual.patch_embed.proj.weight
+        plans, extra = self._vision_plans(model, tuple(grids))
+        whole = torch.tensor([0, pixels_PD.shape[0]], dtype=torch.int32)
+        grid_thw = torch.tensor(grids, device=weight.device)
+        values = self.normalise(pixels_PD.to(weight.device)).to(weight.dtype)
+        extra = {k: v.to(weight.device) for k, v in extra.items()}
+        return visual(values, grid_thw=grid_thw, cu_seqlens=whole, attention_plans=plans, **extra)
+
+    def normalise(self, pixels_PD: torch.Tensor) -> torch.Tensor:
+        """float32 [P, 3 * temporal * patch * patch]: rescaled, normalised, the still picture repeated in time."""
+        import torch
+
+        p = self.pixels
+        x = pixels_PD.unflatten(1, (3, 1, p.patch * p.patch)).to(torch.float32) * (1 / 255)
+        mean = torch.tensor(p.mean, device=x.device).view(1, 3, 1, 1)
+        std = torch.tensor(p.std, device=x.device).view(1, 3, 1, 1)
+        return ((x - mean) / std).expand(-1, -1, p.temporal, -1).flatten(1)
+
+    def _vision_plans(self, model: nn.Module, grids: tuple[tuple[int, int, int], ...]) -> tuple[Any, dict[str, Any]]:
+        visual: Any = model.model.visual  # type: ignore[union-attr]
+        full, window, index = _segments_of(grids, self.pixels.merge, self.pixels.patch, getattr(visual, "window_size", 0))
+        if index is None:
+            return {None: full}, {}
+        import torch
+
+        whole = torch.tensor([0, full.num_tokens], dtype=torch.int32)
+        plans: dict[Any, AttentionPlan] = {None: window}
+        plans.update({visual.blocks[i].attn: full for i in visual.fullatt_block_indexes})
+        return plans, {"window_index": index, "cu_window_seqlens": whole}
+
+    def encode_images(self, model: nn.Module, pixels_PD: torch.Tensor, grids: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
+        """Tower and projector: per image [tokens, H * (1 + deepstack levels)]."""
+        import torch
+
+        out = self.tower(model, pixels_PD, grids)
+        deep = list(getattr(out, "deepstack_features", None) or [])
+        return list(torch.cat([out.pooler_output, *deep], dim=-1).split(self._token_counts(grids)))
+
+    def tower_only(self, model: nn.Module, pixels_PD: torch.Tensor, grids: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
+        """Before the projector, in reading order: per image [tokens, merge^2 * tower width + deepstack]."""
+        import torch
+
+        out = self.tower(model, pixels_PD, grids)
+        unit = self.pixels.merge**2
+        x = out.last_hidden_state.reshape(out.last_hidden_state.shape[0] // unit, -1)
+        index = self._vision_plans(model, tuple(grids))[1].get("window_index")
+        if index is not None:
+            x = x[torch.argsort(index).to(x.device)]
+        deep = list(getattr(out, "deepstack_features", None) or [])
+        return list(torch.cat([x, *deep], dim=-1).split(self._token_counts(grids)))
+
+    def project(self, model: nn.Module, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The projector alone, on what `tower_only` gave."""
+        import torch
+
+        visual: Any = model.model.visual  # type: ignore[union-attr]
+        x = torch.cat(features)
+        unit = self.pixels.merge**2
+        width = visual.config.hidden_size if self.name != "qwen2_vl" else visual.config.embed_dim
+        body, deep = x[:, : unit * width], x[:, unit * width :]
+        projected = visual.merger(body.reshape(-1, width))
+        return list(torch.cat([projected, deep.to(projected.dtype)], dim=-1).split([f.shape[0] for f in features]))
+
+    def _token_counts(self, grids: Sequence[tuple[int, int, int]]) -> list[int]:
+        return [t * h * w // self.pixels.merge**2 for t, h, w in grids]
+
+    def hidden(
+        self,
+        model: nn.Module,
+        ids_BT: torch.Tensor,
+        features_NH: torch.Tensor | None,
+        image_mask_BT: torch.Tensor,
+        position_ids_3BT: torch.Tensor,
+        **kwargs: Any,
+    ) -> Any:
+        """The language model's output (`last_hidden_state` [B, T, H]) with image features in their places.
+
+        Calls the language model directly: `get_rope_index` knows no packing, and Qwen2.5-VL's outer forward falls
+        back to 1-D positions without a word when a token-type argument is missing.
+        """
+        language: Any = model.model.language_model  # type: ignore[union-attr]
+        embeds = language.embed_tokens(ids_BT)
+        if features_NH is not None:
+            width = embeds.shape[-1]
+            levels = features_NH.to(embeds.dtype).split(width, dim=-1)
+            embeds = embeds.masked_scatter(image_mask_BT[..., None], levels[0])
+            if self.name == "qwen3_vl":
+                kwargs |= {"visual_pos_masks": image_mask_BT, "deepstack_visual_embeds": list(levels[1:])}
+        return language(inputs_embeds=embeds, position_ids=position_ids_3BT, **kwargs)
+
+
+def _as_template_json(text: str) -> str:
+    """As jinja's `tojson` of transformers' chat templates writes a tool: insertion order, non-ASCII kept."""
+    return json.dumps(json.loads(text), ensure_ascii=False)
+
+
+@lru_cache(maxsize=256)
+def _segments_of(
+    grids: tuple[tuple[int, int, int], ...], merge: int, patch: int, window_size: int
+) -> tuple[AttentionPlan, AttentionPlan | None, torch.Tensor | None]:
+    """Per-frame plan, per-window plan and the window order of merged tokens (Qwen2.5-VL only)."""
+    import torch
+    from transformers.vision_utils import get_vision_window_index
+
+    from lensmith.model.attention import AttentionPlan
+
+    full = AttentionPlan.from_lengths([h * w for t, h, w in grids for _ in range(t)], causal=False)
+    if not window_size:
+        return full, None, None
+    index, cu = get_vision_window_index(torch.tensor(grids), merge, window_size, patch)
+    return full, AttentionPlan.from_lengths(cu.diff().tolist(), causal=False), index
+
+
+def from_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any], default_system: str | None) -> QwenVL:
+    """Build from the model's own `config.json` and `preprocessor_config.json`."""
+    name = config["model_type"]
+    vision = config["vision_config"]
+    size = preprocessor.get("size") or {}
+    three = name == "qwen3_vl"
+    clip_mean, clip_std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    pixels = PixelSettings(
+        min_pixels=preprocessor.get("min_pixels") or size.get("shortest_edge") or (65536 if three else 3136),
+        max_pixels=preprocessor.get("max_pixels") or size.get("longest_edge") or (16777216 if three else 12845056),
+        patch=vision.get("patch_size") or vision.get("spatial_patch_size") or (16 if three else 14),
+        merge=vision.get("spatial_merge_size", 2),
+        temporal=vision.get("temporal_patch_size", 2),
+        mean=tuple(preprocessor.get("image_mean") or ((0.5, 0.5, 0.5) if three else clip_mean)),
+        std=tuple(preprocessor.get("image_std") or ((0.5, 0.5, 0.5) if three else clip_std)),
+    )
+    return QwenVL(name, pixels, default_system)
+
+
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

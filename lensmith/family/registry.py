@@ -1,0 +1,105 @@
+"""From a model folder to its family: one entry per file of families, imported only when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from lensmith.core.errors import ModelError
+from lensmith.core.sample import Conversation, Message, Text
+from lensmith.data.encode import Encoder
+from lensmith.data.tokenizer import TextTokenizer
+from lensmith.family.template import default_system, render_vendor
+
+FAMILIES: dict[str, str] = {
+    "qwen2_vl": "lensmith.family.qwen_vl",
+    "qwen2_5_vl": "lensmith.family.qwen_vl",
+    "qwen3_vl": "lensmith.family.qwen_vl",
+}
+"""model_type of config.json -> module with `from_config`."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a model folder; {} when it is not there."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError("MODEL_FILE", f"not JSON: {error}", where=str(path)) from None
+
+
+def load_family(folder: Path, *, min_pixels: int | None = None, max_pixels: int | None = None, check: bool = True) -> Any:
+    """The family of the model in `folder`, with its own pixel settings (or the given ones) and chat template.
+
+    Raises `ModelError` for an unknown model_type, missing control tokens, or a chat template that differs from the
+    family's on a probe (`check`).
+    """
+    config = read_json(folder / "config.json")
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ModelError("MODEL_TYPE", f"model_type {model_type!r} is not a known family", where=str(folder / "config.json"),
+                         remedy=f"known: {known}; docs/adding_a_family.md shows how to add one")  # fmt: skip
+    preprocessor = read_json(folder / "preprocessor_config.json") or read_json(folder / "processor_config.json").get("image_processor", {})
+    preprocessor = dict(preprocessor)
+    if min_pixels or max_pixels:
+        size = dict(preprocessor.get("size") or {})
+        size |= {"shortest_edge": min_pixels} if min_pixels else {}
+        size |= {"longest_edge": max_pixels} if max_pixels else {}
+        preprocessor |= {"size": size, "min_pixels": min_pixels or preprocessor.get("min_pixels"),
+                         "max_pixels": max_pixels or preprocessor.get("max_pixels")}  # fmt: skip
+    template = vendor_template(folder)
+    family = importlib.import_module(FAMILIES[model_type]).from_config(
+        config, preprocessor, default_system(template) if template else None
+    )
+    if family.pixels.min_pixels > family.pixels.max_pixels:
+        raise ModelError("PIXELS", f"min_pixels {family.pixels.min_pixels} > max_pixels {family.pixels.max_pixels}",
+                         remedy="set data.min_pixels and data.max_pixels")  # fmt: skip
+    tokenizer = TextTokenizer.from_folder(folder)
+    for token in family.control_tokens:
+        tokenizer.control(token)
+    if template and check:
+        _check_template(template, family, tokenizer)
+    return family
+
+
+def vendor_template(folder: Path) -> str | None:
+    """The model's own chat template: chat_template.jinja, chat_template.json or tokenizer_config.json."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = read_json(folder / name).get("chat_template")
+        if isinstance(template, str):
+            return template
+    return None
+
+
+PROBE = Conversation(
+    tuple(
+        Message(role, (Text(text),))
+        for role, text in (("system", "S"), ("user", " a\n"), ("assistant", "b"), ("user", "c"), ("assistant", "d "))
+    )  # type: ignore[arg-type]
+)
+
+
+def _check_template(template: str, family: Any, tokenizer: TextTokenizer) -> None:
+    encoder = Encoder(family, tokenizer, lambda image: (0, 0), 1 << 30)
+    ours = encoder.encode_prompt(Conversation(PROBE.messages[:-1])).ids_L.tolist()
+    text = render_vendor(template, Conversation(PROBE.messages[:-1]), add_generation_prompt=True)
+    theirs = encode_vendor(tokenizer, text)
+    if ours != theirs:
+        raise ModelError("TEMPLATE", f"the model's chat template renders a probe otherwise than family {family.name}:\n"
+                         f"  model:  {text!r}\n  family: {tokenizer.decode(ours)!r}",
+                         remedy="set model.template: force to train on the family's form all the same")  # fmt: skip
+
+
+def encode_vendor(tokenizer: TextTokenizer, text: str) -> list[int]:
+    """Ids of rendered template text, control tokens recognised everywhere (as the vendor's tokenizer does)."""
+    ids: list[int] = []
+    for piece, control in tokenizer.split_controls(text):
+        ids += [control] if control is not None else tokenizer.plain(piece)[0].tolist()
+    return ids

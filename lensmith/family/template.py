@@ -1,0 +1,54 @@
+"""The model's own jinja chat template, rendered in a sandbox: to learn its default system prompt and to check ours."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lensmith.core.errors import ModelError
+from lensmith.core.sample import Conversation, Image, Message, Text
+
+MAX_TEMPLATE = 1 << 18
+
+
+def render_vendor(template: str, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
+    """Text of a conversation as the model's template writes it. Raises `ModelError` TEMPLATE when it does not render."""
+    if len(template) > MAX_TEMPLATE:
+        raise ModelError("TEMPLATE", f"the chat template has {len(template)} characters; at most {MAX_TEMPLATE} are read")
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+    environment.globals["raise_exception"] = _raise
+    try:
+        return environment.from_string(template).render(
+            messages=[_plain(m) for m in conversation.messages],
+            tools=[json.loads(t) for t in conversation.tools] or None,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except (TemplateError, TypeError, ValueError, OverflowError) as error:
+        raise ModelError("TEMPLATE", f"the model's chat template does not render: {error}") from None
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    if all(isinstance(p, Text) for p in message.parts):
+        content: Any = "".join(p.text for p in message.parts if isinstance(p, Text))
+    else:
+        content = [{"type": "image"} if isinstance(p, Image) else {"type": "text", "text": p.text} for p in message.parts]
+    out: dict[str, Any] = {"role": message.role, "content": content}
+    if message.tool_calls:
+        out["tool_calls"] = [{"function": {"name": c.name, "arguments": c.arguments}} for c in message.tool_calls]
+    return out
+
+
+def default_system(template: str) -> str | None:
+    """What the template puts in front when a conversation has no system message; None for nothing."""
+    text = render_vendor(template, Conversation((Message("user", (Text("q"),)),)))
+    found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", text, re.DOTALL)
+    return found.group(1) if found else None

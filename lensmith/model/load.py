@@ -1,0 +1,95 @@
+"""Model folders: what is in them, and loading them with one dtype and our attention."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lensmith.core.errors import ModelError
+from lensmith.model.attention import NAME, register
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def tensor_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """Name -> dtype of every floating-point tensor in the folder's safetensors files, from their headers."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = [f.name for f in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]]
+        extra = f"; {pickled[0]} is a pickle and is never read" if pickled else ""
+        raise ModelError("UNSAFE_FORMAT" if pickled else "WEIGHTS", f"no .safetensors file in {folder}{extra}",
+                         remedy="convert the weights to safetensors" if pickled else "")  # fmt: skip
+    found: dict[str, torch.dtype] = {}
+    for file in files:
+        for name, entry in read_header(file).items():
+            if entry["dtype"] in SAFETENSORS_DTYPES:
+                found[name] = SAFETENSORS_DTYPES[entry["dtype"]]
+    return found
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file: name -> {dtype, shape, data_offsets}."""
+    with open(file, "rb") as f:
+        head = f.read(8)
+        size = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+        if not 0 < size <= min(100 << 20, os.fstat(f.fileno()).st_size):
+            raise ModelError("WEIGHTS", "not a safetensors file (its header does not fit)", where=str(file))
+        try:
+            header: dict[str, Any] = json.loads(f.read(size))
+        except ValueError:
+            raise ModelError("WEIGHTS", "not a safetensors file (its header is not JSON)", where=str(file)) from None
+    header.pop("__metadata__", None)
+    return header
+
+
+def base_dtype(folder: Path) -> torch.dtype:
+    """The type most values of the model have on disk: what it is saved in again."""
+    sizes: dict[torch.dtype, int] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for entry in read_header(file).values():
+            begin, end = entry["data_offsets"]
+            if (dtype := SAFETENSORS_DTYPES.get(entry["dtype"])) is not None:
+                sizes[dtype] = sizes.get(dtype, 0) + end - begin
+    if not sizes:
+        tensor_dtypes(folder)
+    return max(sizes, key=lambda d: sizes[d])
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The transformers model with every tensor in `dtype` and lensmith's attention. Never runs remote code.
+
+    Raises `ModelError` when tensors are missing, have another shape, or the config asks for what packing cannot do.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    tensor_dtypes(folder)
+    register()
+    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ModelError("ATTENTION", f"layers of kind {sorted(kinds)}: packed rows need full attention", where=str(folder / "config.json"),
+                         remedy="set use_sliding_window: false in the model's config.json")  # fmt: skip
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation=NAME, use_safetensors=True, trust_remote_code=False,
+            local_files_only=True, output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError("WEIGHTS", f"transformers cannot load it: {error}", where=str(folder)) from None
+    wrong = [*info["missing_keys"], *(str(k) for k in info.get("mismatched_keys", ()))]
+    if wrong:
+        raise ModelError("WEIGHTS", f"{len(wrong)} tensors are missing or misshapen: {', '.join(sorted(wrong)[:5])}", where=str(folder))
+    model.config.use_cache = False
+    return model.to(device)
+
+
+def is_tied(model: Any) -> bool:
+    """Whether input and output embeddings are one tensor."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight

@@ -1,0 +1,88 @@
+"""The options of the model part: which model, what of it trains, in which precision, what is cached."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from lensmith.config.part import Part, named
+
+PartName = Literal["vision", "projector", "language", "embeddings", "head"]
+
+
+class Model(Part):
+    """The base model."""
+
+    path: str
+    """Local folder or Hub name."""
+    revision: str | None = None
+    """Commit, tag or branch on the Hub. A branch name is resolved once and its commit recorded with the run."""
+    local_files_only: bool = False
+    """Never ask the Hub; use the local cache. Also on with HF_HUB_OFFLINE=1."""
+    template: Literal["check", "force"] = "check"
+    """`check`: refuse a model whose chat template differs from the family's. `force`: render the family's anyway."""
+
+
+class Precision(Part):
+    """What is kept and computed in which type (docs/numerics.md)."""
+
+    preset: Literal["auto", "fp32", "bf16", "bf16-params"] = "auto"
+    """`fp32`: all float32. `bf16`: float32 trainable parameters, bfloat16 frozen base and compute. `bf16-params`:
+    bfloat16 parameters and compute with float32 masters in the optimizer. `auto`: bf16 on a GPU, fp32 on a CPU."""
+
+
+class Full(Part):
+    """Every parameter trains."""
+
+    kind: Literal["full"] = "full"
+
+
+class Freeze(Part):
+    """Only some parts, or some layers of them, train."""
+
+    kind: Literal["freeze"] = "freeze"
+    train: tuple[PartName, ...] = ("language",)
+    """Parts that train: vision, projector, language, embeddings, head."""
+    first_layers: int | None = Field(None, ge=1)
+    """Of each trained part with layers, only the first so many."""
+    last_layers: int | None = Field(None, ge=1)
+    """Of each trained part with layers, only the last so many."""
+
+
+class Lora(Part):
+    """Low-rank adapters through PEFT (arXiv 2106.09685)."""
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(8, ge=1)
+    """Rank r of the update."""
+    alpha: float | None = Field(None, gt=0)
+    """The update is scaled by alpha / r (alpha / sqrt(r) with rslora). Left out: 2 r."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) (arXiv 2312.03732)."""
+    dora: bool = False
+    """Train magnitude and direction apart (arXiv 2402.09353)."""
+    parts: tuple[Literal["vision", "projector", "language"], ...] = ("language",)
+    """Parts whose linear layers get adapters. The default does not touch the vision tower's MLP."""
+    pattern: str | None = None
+    """A regular expression over full module names instead of `parts`. Matching nothing is an error."""
+
+
+Tune = Annotated[Full | Freeze | Lora, Field(discriminator="kind"), BeforeValidator(named)]
+
+
+class VisionCache(Part):
+    """Keeps the outputs of a frozen vision tower between steps and epochs."""
+
+    enabled: bool = True
+    """Off: a frozen tower runs again for every step."""
+    memory_mb: int = Field(2048, ge=0)
+    """Most memory for features, in MiB; the least recently used go first."""
+    disk_mb: int = Field(0, ge=0)
+    """Most disk for features, in MiB; 0 keeps none on disk. Reused by later runs with equal weights and settings."""
+    folder: str | None = None
+    """Where features go on disk. Left out: beside the index cache."""
+
+

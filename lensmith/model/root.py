@@ -1,0 +1,159 @@
+"""The one module that engines wrap: vision, body and head of a model and the objective, inside a single forward.
+
+Batch in, named (sum, count) terms out. The head is called as a module (adapters on it work) and only at supervised
+positions; above `CHUNK_VALUES` logits it runs in chunks that are recomputed in the backward pass, so that no tensor
+with the vocabulary axis over all positions is ever kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lensmith.core.encoded import IMAGE, PackedRow
+from lensmith.model.attention import AttentionPlan
+from lensmith.model.vision_cache import VisionCache, feature_key
+
+CHUNK_VALUES = 1 << 26
+"""Logits at once: 2^26 float32 values are 256 MiB, and cross entropy holds about three times that."""
+
+Terms = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class VisionLanguage(Protocol):
+    """What the root needs of a family (see lensmith/family/base.py)."""
+
+    def encode_images(self, model: nn.Module, pixels_PD: torch.Tensor, grids: Any) -> list[torch.Tensor]: ...
+    def tower_only(self, model: nn.Module, pixels_PD: torch.Tensor, grids: Any) -> list[torch.Tensor]: ...
+    def project(self, model: nn.Module, features: list[torch.Tensor]) -> list[torch.Tensor]: ...
+    def hidden(self, model: nn.Module, ids_BT: Any, features_NH: Any, image_mask_BT: Any, position_ids_3BT: Any, **kwargs: Any) -> Any: ...
+    def part_of(self, name: str) -> str: ...
+
+
+class TokenObjective(Protocol):
+    def terms(self, logits_SV: torch.Tensor, target_S: torch.Tensor, weight_S: torch.Tensor) -> Terms: ...
+
+
+VisionMode = Literal["trained", "projector", "frozen"]
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """`dtype` None: compute in the parameters' own type."""
+
+    device: str
+    dtype: torch.dtype | None
+
+    def __call__(self) -> torch.autocast:
+        return torch.autocast(self.device, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+
+class Root(nn.Module):
+    """Family model + objective. `cache` is used only while the tower is frozen."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: VisionLanguage,
+        objective: TokenObjective,
+        *,
+        autocast: Autocast,
+        cache: VisionCache | None = None,
+        chunk_values: int = CHUNK_VALUES,
+    ):
+        super().__init__()
+        self.model = model
+        self.family = family
+        self.objective = objective
+        self.autocast = autocast
+        self.chunk_values = chunk_values
+        self.vision_mode = vision_mode(model, family)
+        self.cache = cache if self.vision_mode != "trained" else None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def missing(self, row: PackedRow) -> bool:
+        """A picture of the row has neither pixels nor features (evicted since the row was read)."""
+        with_pixels = set(row.pixel_image.tolist())
+        return any(
+            i not in with_pixels and (self.cache is None or feature_key(key, tuple(row.image_grids_I3[i])) not in self.cache)
+            for i, key in enumerate(row.image_keys)
+        )
+
+    def forward(self, row: PackedRow) -> Terms:
+        device = self.device
+        with self.autocast():
+            features_NH = self.features(row)
+            plan = AttentionPlan(row.segments, row.num_tokens, causal=True)
+            out = self.family.hidden(
+                self.model,
+                torch.from_numpy(row.ids_T)[None].to(device, torch.long),
+                features_NH,
+                torch.from_numpy(row.kind_T == IMAGE)[None].to(device),
+                torch.from_numpy(row.position_ids_3T)[:, None].to(device, torch.long),
+                attention_mask=None,
+                use_cache=False,
+                attention_plans={None: plan},
+            )
+            at = torch.from_numpy(row.supervised_S).to(device, torch.long)
+            hidden_SH = out.last_hidden_state[0].index_select(0, at)
+            target = torch.from_numpy(row.target_S).to(device, torch.long)
+            return self._head(hidden_SH, target, torch.from_numpy(row.weight_S).to(device))
+
+    def features(self, row: PackedRow) -> torch.Tensor | None:
+        """Image features of every placed image in token order [N, H * levels]; each distinct picture computed once."""
+        if not len(row.image_keys):
+            return None
+        found = self._cached(row)
+        if self.vision_mode == "projector":
+            found = self.family.project(self.model, found)
+        return torch.cat([found[i] for i in row.image_of_block.tolist()])
+
+    def _cached(self, row: PackedRow) -> list[torch.Tensor]:
+        grids = [tuple(g) for g in row.image_grids_I3.tolist()]
+        if self.vision_mode == "trained":
+            return self.family.encode_images(self.model, torch.from_numpy(row.pixels_PD), grids)
+        found: dict[int, torch.Tensor] = {}
+        keys = [feature_key(k, g) for k, g in zip(row.image_keys, grids, strict=True)]
+        if self.cache is not None:
+            hits = {i: self.cache.get(k) for i, k in enumerate(keys)}
+            found = {i: v.to(self.device) for i, v in hits.items() if v is not None}
+        fresh = [(n, int(i)) for n, i in enumerate(row.pixel_image.tolist()) if int(i) not in found]
+        if fresh:
+            sizes = [int(row.image_grids_I3[i].prod()) for i in row.pixel_image.tolist()]
+            chunks = torch.from_numpy(row.pixels_PD).split(sizes)
+            with torch.no_grad():
+                run = self.family.encode_images if self.vision_mode == "frozen" else self.family.tower_only
+                new = run(self.model, torch.cat([chunks[n] for n, _ in fresh]), [grids[i] for _, i in fresh])
+            for (_, i), value in zip(fresh, new, strict=True):
+                found[i] = value
+                if self.cache is not None:
+                    self.cache.put(keys[i], value)
+        return [found[i] for i in range(len(keys))]
+
+    def _head(self, hidden_SH: torch.Tensor, target_S: torch.Tensor, weight_S: torch.Tensor) -> Terms:
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+
+        def terms(hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> Terms:
+            return self.objective.terms(head(hidden), target, weight)
+
+        rows = max(1, self.chunk_values // head.weight.shape[0])
+        if hidden_SH.shape[0] <= rows:
+            return terms(hidden_SH, target_S, weight_S)
+        total: Terms = {}
+        for h, t, w in zip(hidden_SH.split(rows), target_S.split(rows), weight_S.split(rows), strict=True):
+            part: Terms = checkpoint(terms, h, t, w, use_reentrant=False)  # type: ignore[assignment]
+            total = {k: (total[k][0] + s, total[k][1] + c) if k in total else (s, c) for k, (s, c) in part.items()}
+        return total
+
+
+def vision_mode(model: nn.Module, family: VisionLanguage) -> VisionMode:
+    """What of the vision path has gradients: all (`trained`), only the projector, or nothing (`frozen`)."""
+    trained = {family.part_of(name) for name, p in model.named_parameters() if p.requires_grad}
+    return "trained" if "vision" in trained else "projector" if "projector" in trained else "frozen"

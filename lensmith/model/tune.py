@@ -1,0 +1,128 @@
+"""What trains: full, freeze by part, or LoRA through PEFT; and the table that says so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lensmith.core.errors import ConfigError
+from lensmith.model.load import is_tied
+from lensmith.model.options import Freeze, Full, Lora
+
+
+class Parts(Protocol):
+    def part_of(self, name: str) -> Any: ...
+    def blocks(self, model: nn.Module, part: Any) -> Sequence[nn.Module]: ...
+    def lora_pattern(self, parts: Sequence[Any]) -> str: ...
+
+
+@dataclass
+class Tuned:
+    """The model with `requires_grad` set. `peft` wraps the same modules when adapters were added."""
+
+    model: Any
+    peft: Any = None
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of all that trains, each tensor once, in the model's order."""
+        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+
+
+def apply(model: Any, tune: Full | Freeze | Lora, family: Parts) -> Tuned:
+    """Set what trains. Raises `ConfigError` for a pattern or part that matches nothing."""
+    if isinstance(tune, Lora):
+        return _lora(model, tune, family)
+    if isinstance(tune, Full):
+        model.requires_grad_(True)
+        return Tuned(model)
+    model.requires_grad_(False)
+    for part in tune.train:
+        _unfreeze(model, part, tune, family)
+    return Tuned(model)
+
+
+def _unfreeze(model: Any, part: str, tune: Freeze, family: Parts) -> None:
+    blocks = list(family.blocks(model, part))
+    if (tune.first_layers or tune.last_layers) and blocks:
+        chosen = [*blocks[: tune.first_layers or 0], *(blocks[-tune.last_layers :] if tune.last_layers else [])]
+        for block in chosen:
+            block.requires_grad_(True)
+        return
+    found = [p for n, p in model.named_parameters() if family.part_of(n) == part]
+    if not found:
+        tied = " (the head is the embedding here: name `embeddings`)" if part == "head" and is_tied(model) else ""
+        raise ConfigError("TUNE", f"tune.train names {part!r}, but the model has no such parameters{tied}")
+    for p in found:
+        p.requires_grad_(True)
+
+
+def _lora(model: Any, tune: Lora, family: Parts) -> Tuned:
+    from peft import LoraConfig, get_peft_model
+
+    pattern = tune.pattern or family.lora_pattern(tune.parts)
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and _matches(pattern, n)]
+    if not names:
+        linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        raise ConfigError("TUNE", f"tune.pattern {pattern!r} matches none of {len(linear)} linear layers",
+                          remedy=f"full module names look like {linear[-1]!r}")  # fmt: skip
+    if is_tied(model) and any("lm_head" in n for n in names):
+        raise ConfigError("TIED_HEAD", "adapters on a tied lm_head would untie it from the embedding",
+                          remedy="leave lm_head out of tune.pattern, or train `embeddings` with tune: freeze")  # fmt: skip
+    config = LoraConfig(
+        r=tune.rank,
+        lora_alpha=tune.alpha if tune.alpha is not None else 2 * tune.rank,  # type: ignore[arg-type]
+        lora_dropout=tune.dropout,
+        use_rslora=tune.rslora,
+        use_dora=tune.dora,
+        target_modules=pattern,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model.requires_grad_(False)
+    peft = get_peft_model(model, config, autocast_adapter_dtype=True)
+    return Tuned(model, peft)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ConfigError("TUNE", f"tune.pattern {pattern!r} is not a regular expression: {error}") from None
+
+
+def is_adapter(name: str) -> bool:
+    return ".lora_" in name
+
+
+def what_trains(model: nn.Module, family: Parts, lr_of: Any) -> list[dict[str, Any]]:
+    """Rows {part, tensors, parameters, trainable, dtype, lr, weight_decay} per part, adapters apart."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, p in model.named_parameters():
+        part = "adapter" if is_adapter(name) else family.part_of(name)
+        row = rows.setdefault(part, {"part": part, "tensors": 0, "parameters": 0, "trainable": 0, "dtype": set(), "lr": 0.0, "weight_decay": 0.0})
+        row["tensors"] += 1
+        row["parameters"] += p.numel()
+        row["dtype"].add(str(p.dtype).removeprefix("torch."))
+        if p.requires_grad:
+            row["trainable"] += p.numel()
+            row["lr"], row["weight_decay"] = lr_of(part)
+    for row in rows.values():
+        row["dtype"] = "+".join(sorted(row["dtype"]))
+    return list(rows.values())
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters; a tied tensor counts once."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, g in sizes if g), sum(n for n, _ in sizes)
+
+
+def dtype_of_trainable(tuned: Tuned, dtype: torch.dtype) -> None:
+    """Put every trainable parameter (adapters too) into `dtype`, in place; tied tensors stay one."""
+    for _, p in tuned.trainable():
+        p.data = p.data.to(dtype)

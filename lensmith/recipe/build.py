@@ -1,0 +1,107 @@
+"""The objects of a training run: model, what trains, root module, optimizer, cache; and what they amount to."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lensmith.core.errors import ConfigError
+from lensmith.engine.determinism import seed_all
+from lensmith.engine.optimizer import MasterAdamW
+from lensmith.model import precision, tune
+from lensmith.model.load import base_dtype, load_model
+from lensmith.model.options import Lora
+from lensmith.model.root import Autocast, Root, vision_mode
+from lensmith.model.vision_cache import VisionCache, fingerprint
+from lensmith.objective.next_token import NextTokenLoss
+from lensmith.recipe.prepare import Prepared, cache_folder
+from lensmith.recipe.run import Run
+
+
+@dataclass
+class Built:
+    root: Root
+    tuned: tune.Tuned
+    optimizer: MasterAdamW
+    precision: precision.PrecisionPlan
+    trains: list[dict[str, Any]]
+    trainable_parameters: int
+    total_parameters: int
+
+    def part_of(self, name: str) -> str:
+        return "adapter" if tune.is_adapter(name) else self.root.family.part_of(name)
+
+
+def device_of(run: Run) -> torch.device:
+    name = run.train.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError("CONFIG", f"train.device {name!r} is not a device") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("CONFIG", "train.device names a GPU, but torch sees none", remedy="set train.device: cpu")
+    return device
+
+
+def data_workers(run: Run) -> int:
+    """Worker processes: as asked, else one less than the processors at hand, at most 4."""
+    if run.data.workers is not None:
+        return run.data.workers
+    return max(0, min(4, len(os.sched_getaffinity(0)) - 1))
+
+
+def set_threads(run: Run) -> int:
+    """On a CPU, torch gets the processors that data workers leave; contended cores make more threads slower."""
+    threads = run.train.threads or max(1, len(os.sched_getaffinity(0)) - data_workers(run))
+    torch.set_num_threads(threads)
+    return threads
+
+
+def build(prepared: Prepared) -> Built:
+    """Load the model, set what trains and in which type, and wrap it. Deterministic in `train.seed`."""
+    run = prepared.located.run
+    device = device_of(run)
+    plan = precision.plan(run.precision, device, base_dtype(prepared.model_folder))
+    seed_all(run.train.seed)
+    model = load_model(prepared.model_folder, plan.frozen, device)
+    tuned = tune.apply(model, run.tune, prepared.family)
+    tune.dtype_of_trainable(tuned, torch.float32 if isinstance(run.tune, Lora) else plan.trainable)
+    model.train()
+    if run.train.recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    if run.train.compile:
+        for block in prepared.family.blocks(model, "language"):
+            block.compile()
+    root = Root(
+        model, prepared.family, NextTokenLoss(), autocast=Autocast(device.type, plan.compute), cache=_cache(prepared, model)
+    )
+    named = tuned.trainable()
+    if not named:
+        raise ConfigError("TUNE", "nothing trains", remedy="look at tune")
+    part = lambda n: "adapter" if tune.is_adapter(n) else prepared.family.part_of(n)  # noqa: E731
+    masters = plan.masters and not isinstance(run.tune, Lora)
+    optimizer = MasterAdamW(named, [part(n) for n, _ in named], run.optimizer, masters=masters)
+    trainable, total = tune.count(model)
+    return Built(
+        root, tuned, optimizer, plan, tune.what_trains(model, prepared.family, run.optimizer.rate), trainable, total
+    )
+
+
+def _cache(prepared: Prepared, model: torch.nn.Module) -> VisionCache | None:
+    """A cache for a frozen tower. Only the disk tier outlives the run, so only it needs the weights' fingerprint."""
+    options = prepared.located.run.vision_cache
+    mode = vision_mode(model, prepared.family)
+    if not options.enabled or mode == "trained":
+        return None
+    if not options.disk_mb:
+        return VisionCache(options.memory_mb << 20)
+    parts = ("vision", "projector") if mode == "frozen" else ("vision",)
+    frozen = [(n, p) for n, p in model.named_parameters() if prepared.family.part_of(n) in parts]
+    mark = fingerprint(frozen, f"{prepared.family.pixels}{mode}")
+    base = prepared.located.folder / options.folder if options.folder else cache_folder(prepared.located.run.data, prepared.located.folder)
+    return VisionCache(options.memory_mb << 20, options.disk_mb << 20, base / f"vision-{mark}")

@@ -1,0 +1,167 @@
+"""Pieces of the run folder: its lock, versions, ledger and summary.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from lensmith.checkpoint.store import Damaged, Store, read_manifest
+from lensmith.core.errors import RunError
+from lensmith.engine.loop import Progress
+from lensmith.recipe.build import Built
+from lensmith.recipe.prepare import Prepared
+from lensmith.recipe.train import Clock, peak_rss_bytes
+from lensmith.report.metrics import read_metrics
+
+
+class Lock:
+    """One run at a time in a folder. A lock whose process is gone is taken over."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._held = False
+
+    def acquire(self) -> None:
+        """Raises `RunError` LOCKED naming the owner's process id."""
+        for _ in range(2):
+            try:
+                fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            except FileExistsError:
+                owner = self._owner()
+                if owner is not None and owner != os.getpid() and _alive(owner):
+                    raise RunError("LOCKED", f"process {owner} is running in this folder", where=str(self.path.parent),
+                                   remedy="wait for it, stop it, or name another output folder") from None  # fmt: skip
+                self.path.unlink(missing_ok=True)
+                continue
+            with os.fdopen(fd, "w") as f:
+                f.write(str(os.getpid()))
+            self._held = True
+            return
+        raise RunError("LOCKED", "another run took this folder just now", where=str(self.path.parent))
+
+    def _owner(self) -> int | None:
+        try:
+            return int(self.path.read_text())
+        except (OSError, ValueError):
+            return None
+
+    def release(self) -> None:
+        if self._held:
+            self.path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def versions(prepared: Prepared) -> dict[str, Any]:
+    """Versions of what computes, the git revision of the run file's folder, and the model's commit where known."""
+    packages: dict[str, Any] = {"python": platform.python_version()}
+    for name in ("lensmith", "torch", "transformers", "peft", "tokenizers", "safetensors", "pillow", "numpy", "pyarrow"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=prepared.located.folder, capture_output=True, text=True, check=False)
+    folder = prepared.model_folder
+    commit = folder.name if folder.parent.name == "snapshots" else None
+    return {"packages": packages, "git": git.stdout.strip() or None, "model": {"path": prepared.located.run.model.path, "commit": commit}}
+
+
+def ledger(prepared: Prepared, dropped_at_load: list[tuple[int, str, str]]) -> pa.Table:
+    """One row per sample read; samples dropped at load have the verdict `drop` and the reason `LOAD_...`."""
+    table = prepared.read.ledger()
+    if not dropped_at_load:
+        return table
+    by_origin = {prepared.train.column("origin")[n]: (r, d) for n, r, d in dropped_at_load}
+    columns = {name: table[name].to_pylist() for name in ("origin", "verdict", "reason", "detail")}
+    for i, origin in enumerate(columns["origin"]):
+        if origin in by_origin:
+            columns["verdict"][i] = "drop"
+            columns["reason"][i], columns["detail"][i] = f"LOAD_{by_origin[origin][0]}", by_origin[origin][1]
+    for name in ("verdict", "reason", "detail"):
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(columns[name], pa.string()))
+    return table
+
+
+def losses(metrics: Path) -> list[float]:
+    """Loss of every step so far, for a resumed run."""
+    return [r["loss"] for r in read_metrics(metrics) if r.get("kind") == "step"] if metrics.is_file() else []
+
+
+def best_step(store: Store, metric: str | None, score: Callable[[dict[str, float], str], float | None]) -> set[int]:
+    """The checkpoint with the best finite held-out metric; {} when none is asked for or known."""
+    if metric is None:
+        return set()
+    found: dict[int, float] = {}
+    for step in store.steps():
+        try:
+            value = score(read_manifest(store.path(step)).get("metrics", {}), metric)
+        except Damaged:
+            continue
+        if value is not None:
+            found[step] = value
+    return {max(found, key=lambda s: (found[s], s))} if found else set()
+
+
+def summary(
+    prepared: Prepared,
+    built: Built,
+    p: Progress,
+    loss_list: list[float],
+    metrics: Path,
+    heldout: dict[str, Any],
+    dropped: dict[int, tuple[str, str]],
+    checkpoint: str,
+    clock: Clock,
+) -> dict[str, Any]:
+    """The stable machine-readable outcome of a run; every key is described in docs/run_folder.md."""
+    counts = prepared.read.counts()
+    at_load = Counter(f"LOAD_{reason}" for reason, _ in dropped.values())
+    held = counts["train"] - len(prepared.train.trainable)
+    steps = [r for r in read_metrics(metrics) if r.get("kind") == "step"]
+    by_reason = {**counts["by_reason"], **at_load}
+    samples = {"read": counts["read"], "train": counts["train"] - len(dropped) - held, "dropped": counts["dropped"] + len(dropped),
+               "held_out": held, "by_reason": by_reason}  # fmt: skip
+    assert samples["read"] == samples["train"] + samples["dropped"] + samples["held_out"]
+    return {
+        "schema": 1,
+        "samples": samples,
+        "steps": p.step,
+        "applied_steps": p.applied,
+        "epochs": p.epoch,
+        "losses": loss_list,
+        "tokens": {
+            "total": sum(r["tokens"] for r in steps),
+            "supervised": sum(r["supervised"] for r in steps),
+            "image": sum(r["image_tokens"] for r in steps),
+            "padding": sum(r["padding"] for r in steps),
+        },
+        "fill": sum(r["fill"] for r in steps) / len(steps) if steps else None,
+        "trainable_parameters": built.trainable_parameters,
+        "total_parameters": built.total_parameters,
+        "wall_seconds": {k: round(v, 3) for k, v in clock.wall.items()},
+        "cpu_seconds": {k: round(v, 3) for k, v in clock.cpu.items()},
+        "peak_rss_bytes": peak_rss_bytes(),
+        "checkpoint": checkpoint,
+        "heldout": heldout,
+    }

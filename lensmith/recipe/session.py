@@ -1,0 +1,235 @@
+"""One training session: the run folder, its lock, resume, the loop with its callbacks, and what is written at the end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from lensmith.checkpoint.export import write_adapter, write_model
+from lensmith.checkpoint.state import read_state, write_state
+from lensmith.checkpoint.store import Published, Store, write_atomically
+from lensmith.core.errors import RunError
+from lensmith.data.pipeline import Pipeline
+from lensmith.engine.loop import Callbacks, Loop, Progress, score
+from lensmith.engine.step import StepResult
+from lensmith.recipe import folder as run_folder
+from lensmith.recipe.build import Built, build, data_workers, set_threads
+from lensmith.recipe.held_out import HeldOut
+from lensmith.recipe.identity import check_identity, identity
+from lensmith.recipe.prepare import Prepared, prepare
+from lensmith.recipe.run import Located
+from lensmith.recipe.train import Clock, peak_rss_bytes
+from lensmith.report.metrics import MetricsWriter
+from lensmith.report.page import write_report
+from lensmith.report.sinks import Sinks, make_sinks
+from lensmith.report.tables import what_trains
+from lensmith.report.terminal import Terminal
+
+
+class Session:
+    """Use as a context manager: it holds the lock of the run folder."""
+
+    def __init__(self, located: Located, terminal: Terminal, clock: Clock, *, dry_run: bool):
+        self.located, self.run_file, self.terminal, self.clock, self.dry_run = located, located.run, terminal, clock, dry_run
+        self._temporary = Path(tempfile.mkdtemp(prefix="lensmith-dry-run-")) if dry_run else None
+        self.output = self._temporary or located.output
+        self.store = Store(self.output / "checkpoints")
+
+    def __enter__(self) -> Session:
+        for sink in self.run_file.log.sinks:
+            sink.check()
+        self.output.mkdir(parents=True, exist_ok=True)
+        self._lock = run_folder.Lock(self.output / "lock")
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def run(self) -> dict[str, Any]:
+        threads = set_threads(self.run_file)
+        self.clock.lap("startup")
+        self.prepared = prepare(self.located, self.terminal)
+        self.clock.lap("index")
+        self.store.clean()
+        resume = self.store.newest(self.terminal.warning)
+        if resume is not None:
+            check_identity(resume.manifest.get("identity", {}), identity(self.prepared), str(resume.folder))
+        self.built = build(self.prepared)
+        progress = read_state(resume.folder / "state", self.built.optimizer) if resume else Progress()
+        self._open_folder(progress)
+        self._say_start(resume, threads)
+        self.held = HeldOut(self.prepared, self.built, self.output, self.terminal) if self.prepared.held else None
+        self.clock.lap("startup")
+        self._train(progress)
+        self._finish(progress)
+        return self.summary
+
+    # -- the run folder -----------------------------------------------------------------------------------------
+
+    def _open_folder(self, progress: Progress) -> None:
+        out = self.output
+        self.metrics = MetricsWriter(out / "metrics.jsonl")
+        self.metrics.truncate_after(progress.step)
+        self.sinks = Sinks(self.metrics, make_sinks(list(self.run_file.log.sinks), out, progress.step + 1), self.terminal.warning)
+        self.sinks.open(self.located.name, self.run_file.model_dump(mode="json"))
+        write_atomically(out / "run.yaml", self.located.resolved_yaml().encode())
+        totals = {"trainable": self.built.trainable_parameters, "parameters": self.built.total_parameters}
+        rows = self.built.trains
+        write_atomically(out / "trains.json", json.dumps({"rows": rows, "totals": totals}, indent=1).encode())
+        write_atomically(out / "versions.json", json.dumps(run_folder.versions(self.prepared), indent=1).encode())
+        self._write_ledger([])
+
+    def _write_ledger(self, dropped_at_load: list[tuple[int, str, str]]) -> None:
+        table = run_folder.ledger(self.prepared, dropped_at_load)
+        temporary = self.output / ".ledger.tmp"
+        pq.write_table(table, temporary)
+        temporary.replace(self.output / "ledger.parquet")
+
+    def _say_start(self, resume: Published | None, threads: int) -> None:
+        totals = {"trainable": self.built.trainable_parameters, "parameters": self.built.total_parameters}
+        self.terminal.show("what_trains", what_trains(self.built.trains, totals))
+        steps = self.prepared.plan.num_steps()
+        self.terminal.event(
+            "start",
+            f"{steps} steps, {self.built.trainable_parameters:,} of {self.built.total_parameters:,} parameters train "
+            f"({self.built.precision.preset}, {self.built.root.device}, {threads} threads, {data_workers(self.run_file)} data workers)"
+            + (f", resumed after step {resume.step}" if resume else ""),
+            steps=steps, trainable=self.built.trainable_parameters, resumed=resume.step if resume else 0,
+        )  # fmt: skip
+
+    # -- the loop -----------------------------------------------------------------------------------------------
+
+    def _train(self, progress: Progress) -> None:
+        self.heldout: dict[str, Any] = run_folder.read_json(self.output / "heldout.json")
+        run, root = self.run_file, self.built.root
+        self.total = self.prepared.plan.num_steps()
+        self.dropped: dict[int, tuple[str, str]] = {}
+        self.losses = run_folder.losses(self.output / "metrics.jsonl")
+        self.fill: list[float] = []
+        cache = root.cache
+        self.pipeline = Pipeline(
+            self.prepared.train, self.prepared.plan, self.prepared.limits, workers=data_workers(run),
+            **({"known": cache.known} if cache is not None else {}),
+        )  # fmt: skip
+        if self.held is not None and progress.step == 0 and run.evaluate.before and not self.dry_run:
+            self._record_eval(progress, self.held.measure("before"))
+        self.clock.lap("evaluate")
+        loop = Loop(
+            root=root, optimizer=self.built.optimizer, schedule=run.schedule, part_of=self.built.part_of, train=run.train,
+            saving=run.save, total_steps=self.total, evaluate_every=run.evaluate.every_steps if self.held else None,
+            callbacks=Callbacks(self._log, self._evaluate, self._save, self._refresh, self._event), progress=progress,
+        )  # fmt: skip
+        remaining = self.total - progress.step
+        with self.terminal.progress("Training", remaining) as self.bar:
+            steps = self.pipeline.steps(progress.step, progress.cursor if run.batch.tokens else None)
+            if self.dry_run:
+                steps = (s for s in [next(steps)])
+            loop.run(steps)
+        self.clock.lap("train")
+
+    def _refresh(self, row: Any) -> Any:
+        """A row all of whose pictures have pixels or features."""
+        root = self.built.root
+        if root.missing(row):
+            row = self.pipeline.reread(row.members)
+        if root.cache is not None:
+            root.cache.learn(row.meta["handles"])
+        return row
+
+    def _log(self, p: Progress, data: Any, result: StepResult, seconds: float) -> None:
+        if not result.applied:
+            origins = [self.prepared.train.column("origin")[m] for m in data.step.members[:8].tolist()]
+            self.terminal.warning(f"step {p.step}: loss {result.loss}, gradient norm {result.grad_norm}; not applied. Samples: {', '.join(origins)} ...")
+        for number, reason, detail in data.dropped:
+            origin = self.prepared.train.column("origin")[number]
+            if number not in self.dropped:
+                self.terminal.warning(f"{origin} is dropped at load: {reason} {detail}")
+                self.sinks.write({"kind": "event", "name": "dropped", "step": p.step, "origin": origin, "reason": reason})
+            self.dropped[number] = (reason, detail)
+        rows = max(1, len(data.rows))
+        self.fill.append(data.num_tokens / (rows * self.prepared.limits.device_tokens))
+        self.losses.append(result.loss)
+        record = {
+            "kind": "step", "step": p.step, "epoch": round(p.epoch, 6), "loss": result.loss, "lr": result.rates,
+            "grad_norm": result.grad_norm, "grad_norm_parts": result.grad_norm_parts, "applied": result.applied,
+            "tokens": data.num_tokens, "supervised": data.num_supervised, "samples": data.num_samples, "rows": len(data.rows),
+            "image_tokens": int(sum((r.kind_T != 0).sum() for r in data.rows)), "padding": 0, "fill": round(self.fill[-1], 4),
+            "tokens_per_second": data.num_tokens / seconds, "samples_per_second": data.num_samples / seconds,
+            "step_seconds": seconds, "data_wait_seconds": data.wait_seconds, "rss_bytes": peak_rss_bytes(),
+        }  # fmt: skip
+        self.sinks.write(record)
+        self.bar.advance(1, f"loss {result.loss:.4f}")
+
+    def _event(self, name: str, fields: dict[str, Any]) -> None:
+        self.sinks.write({"kind": "event", "name": name, **fields})
+        self.terminal.event(name, **fields)
+
+    def _evaluate(self, p: Progress) -> dict[str, float]:
+        assert self.held is not None
+        self.clock.lap("train")
+        found = self.held.measure("during")
+        self._record_eval(p, found)
+        self.clock.lap("evaluate")
+        return found["scores"]
+
+    def _record_eval(self, p: Progress, found: dict[str, Any]) -> None:
+        scores = found["scores"]
+        if found["when"] != "during":
+            self.heldout[found["when"]] = scores
+            self.heldout.update(found.get("extra", {}))
+            write_atomically(self.output / "heldout.json", json.dumps(self.heldout).encode())
+        self.sinks.write({"kind": "eval", "step": p.step, "loss": scores.get("loss"), "metrics": {k: v for k, v in scores.items() if k != "loss"}})
+        text = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
+        self.terminal.event("eval", f"held out, step {p.step}: {text}", step=p.step, **scores)
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def _save(self, p: Progress, metrics: dict[str, float] | None) -> None:
+        self.clock.lap("train")
+        about = {"identity": identity(self.prepared), "metrics": metrics or {}, "tune": self.run_file.tune.kind}
+        published = self.store.publish(p.step, lambda folder: self._write(folder, p), about)
+        keep = run_folder.best_step(self.store, self.run_file.save.keep_best, score)
+        self.store.purge(self.run_file.save.keep_last, keep)
+        self.clock.lap("save")
+        self.sinks.write({"kind": "event", "name": "checkpoint", "step": p.step, "path": published.folder.name})
+
+    def _write(self, folder: Path, p: Progress) -> None:
+        write_state(folder / "state", self.built.optimizer, p)
+        base, family = self.prepared.model_folder, self.prepared.family
+        pixels = {"min_pixels": family.pixels.min_pixels, "max_pixels": family.pixels.max_pixels}
+        if self.built.tuned.peft is not None:
+            write_adapter(folder / "model", self.built.tuned.peft, base, str(base), self.built.precision.adapter_saved)
+        else:
+            write_model(folder / "model", self.built.tuned.model, base, self.built.precision.saved,
+                        shard_gb=self.run_file.save.shard_gb, pixels=pixels)  # fmt: skip
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def _finish(self, p: Progress) -> None:
+        if self.held is not None and not self.dry_run and "after" not in self.heldout:
+            self._record_eval(p, self.held.measure("after"))
+        self.clock.lap("evaluate")
+        self._write_ledger([(n, r, d) for n, (r, d) in self.dropped.items()])
+        self.sinks.close()
+        newest = self.store.steps()
+        if not newest:
+            raise RunError("SAVE", "the run ended without a checkpoint", where=str(self.output))
+        self.summary = run_folder.summary(
+            self.prepared, self.built, p, self.losses, self.output / "metrics.jsonl", self.heldout, self.dropped,
+            str(self.store.path(newest[-1])), self.clock,
+        )  # fmt: skip
+        if self.dry_run:
+            self.terminal.event("dry_run", "dry run: index, model, one step and one save worked; nothing is kept")
+            return
+        write_atomically(self.output / "summary.json", json.dumps(self.summary, indent=1).encode())
+        report = write_report(self.output)
+        self.terminal.event("done", f"checkpoint {self.summary['checkpoint']}\nreport {report}",
+                            checkpoint=self.summary["checkpoint"], report=str(report))  # fmt: skip

@@ -1,0 +1,67 @@
+"""`train(run)`: from a run file to a published checkpoint, a report and a summary."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lensmith.report.terminal import Terminal
+
+
+class Clock:
+    """Wall and CPU seconds per phase (CPU of this process and of its finished children)."""
+
+    def __init__(self) -> None:
+        self.wall: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
+        self._wall, self._cpu = time.perf_counter(), 0.0
+
+    def lap(self, phase: str) -> None:
+        wall, cpu = time.perf_counter(), cpu_seconds()
+        self.wall[phase] = self.wall.get(phase, 0.0) + wall - self._wall
+        self.cpu[phase] = self.cpu.get(phase, 0.0) + cpu - self._cpu
+        self._wall, self._cpu = wall, cpu
+
+
+def cpu_seconds() -> float:
+    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(r.ru_utime + r.ru_stime for r in both)
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident size of this process so far."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+@dataclass
+class Outcome:
+    """What a run amounted to; `summary` is the content of summary.json."""
+
+    folder: Path
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def train(
+    run: str | Path | Any, overrides: Sequence[str] = (), *, terminal: Terminal | None = None, dry_run: bool = False
+) -> Outcome:
+    """Train a run file (or an already loaded run). Resumes by itself from the newest checkpoint that verifies.
+
+    `dry_run`: index, model, one step and one save in a temporary folder; nothing is kept. Raises `UserError`s, and
+    `Interrupted` after a signal.
+    """
+    clock = Clock()
+    from lensmith.recipe.run import Located, load_run
+    from lensmith.recipe.session import Session
+
+    located = run if isinstance(run, Located) else load_run(run, overrides)
+    terminal = terminal or Terminal("normal")
+    with Session(located, terminal, clock, dry_run=dry_run) as session:
+        return Outcome(session.output, session.run())
+
+

@@ -1,0 +1,178 @@
+"""The tables of a run as plain text cells, drawn by the terminal and by the page alike. No escaping happens here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+MISSING = "–"
+_RATES = ("exact_match", "accuracy")
+
+
+@dataclass(frozen=True)
+class Table:
+    """`right` names the columns of numbers; `footer` is a row of totals, or empty."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    right: frozenset[str] = frozenset()
+    footer: tuple[str, ...] = ()
+
+
+@dataclass
+class SourceCount:
+    """What became of the samples of one source: `dropped` by reason; tokens and images of the trained ones only."""
+
+    source: str
+    train: int = 0
+    dropped: dict[str, int] = field(default_factory=dict[str, int])
+    tokens: int = 0
+    supervised: int = 0
+    images: int = 0
+
+    @property
+    def read(self) -> int:
+        return self.train + sum(self.dropped.values())
+
+
+def number(value: Any) -> str:
+    """`20185088` -> `20,185,088`, `2e-05` -> `2e-05`, `True` -> `yes`, None -> a dash, text as it is."""
+    if value is None:
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return str(value)
+
+
+def figure(name: str, value: Any) -> str:
+    """A value with the unit its name ends in: `_seconds`, `_bytes`, `_per_second`; a rate as per cent."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return number(value)
+    if name.endswith("_per_second"):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    if name.endswith("seconds"):
+        return duration(value)
+    if name.endswith("bytes"):
+        return size(value)
+    if name.split("/")[0] in _RATES:
+        return percent(value)
+    return number(value)
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s`, `3 min 05 s`, `2 h 04 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes in binary units: `512 B`, `1.4 KiB`, `15.9 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} TiB"
+
+
+def what_trains(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) -> Table:
+    """One row per part of the model, as in `trains.json`."""
+    names = ("part", "tensors", "parameters", "trainable", "dtype", "lr", "weight_decay")
+    columns = ("Part", "Tensors", "Parameters", "Trainable", "Dtype", "Learning rate", "Weight decay")
+    cells = [tuple(number(row.get(name)) for name in names) for row in rows]
+    total = tuple(number(totals[name]) if name in totals else "" for name in names[1:])
+    right = frozenset(columns) - {"Part", "Dtype"}
+    return Table("What trains", columns, cells, right, ("Total", *total) if totals else ())
+
+
+def ledger(counts: Sequence[SourceCount]) -> Table:
+    """read = train + dropped, per source and in total, with the reasons of the dropped."""
+    columns = ("Source", "Read", "Trained", "Dropped", "Reasons", "Tokens", "Supervised", "Images")
+    total = SourceCount("Total")
+    for count in counts:
+        total.train += count.train
+        total.tokens += count.tokens
+        total.supervised += count.supervised
+        total.images += count.images
+        for reason, many in count.dropped.items():
+            total.dropped[reason] = total.dropped.get(reason, 0) + many
+    rows = [_ledger_row(count) for count in counts]
+    return Table("Ledger", columns, rows, frozenset(columns) - {"Source", "Reasons"}, _ledger_row(total))
+
+
+def _ledger_row(count: SourceCount) -> tuple[str, ...]:
+    by_size = sorted(count.dropped.items(), key=lambda item: (-item[1], item[0]))
+    reasons = ", ".join(f"{reason} {many:,}" for reason, many in by_size)
+    counts = (count.read, count.train, count.read - count.train)
+    rest = (count.tokens, count.supervised, count.images)
+    return (count.source, *map(number, counts), reasons, *map(number, rest))
+
+
+def key_figures(summary: Mapping[str, Any]) -> Table:
+    """The plain values of a summary, nested ones under dotted names."""
+    rows = [(name, figure(name, value)) for name, value in flat(summary).items()]
+    return Table("Key figures", ("Figure", "Value"), rows, frozenset({"Value"}))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}, "c": [1, 2]}` -> `{"a.b": 1, "c": "1, 2"}`."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found.update(flat(value, f"{prefix}{name}."))
+        else:
+            found[f"{prefix}{name}"] = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return found
+
+
+def held_out(heldout: Mapping[str, Any]) -> Table:
+    """Metric by metric: before and after training, and the two controls where they were measured."""
+    before, after = heldout.get("before") or {}, heldout.get("after") or {}
+    controls = [name for name in ("baseline", "swapped") if heldout.get(name)]
+    names = list(dict.fromkeys([*after, *before]))
+    columns = ("Metric", "Before", "After", "Change", *(name.capitalize() for name in controls))
+    rows = [
+        (
+            name,
+            figure(name, before.get(name)),
+            figure(name, after.get(name)),
+            _change(name, before.get(name), after.get(name)),
+            *(figure(name, heldout[control].get(name)) for control in controls),
+        )
+        for name in names
+    ]
+    return Table("Held-out samples", columns, rows, frozenset(columns[1:]))
+
+
+def _change(name: str, before: Any, after: Any) -> str:
+    if before is None or after is None:
+        return MISSING
+    change = after - before
+    return f"{100 * change:+.1f} points" if name.split("/")[0] in _RATES else f"{change:+.4g}"
+
+
+def evaluations(records: Sequence[Mapping[str, Any]]) -> Table:
+    """The evaluations made while the run went on, one row each."""
+    evals = [record for record in records if record["kind"] == "eval"]
+    names = list(dict.fromkeys(name for record in evals for name in record.get("metrics") or {}))
+    rows = [
+        (
+            number(record["step"]),
+            number(record.get("loss")),
+            *(figure(name, (record.get("metrics") or {}).get(name)) for name in names),
+        )
+        for record in evals
+    ]
+    columns = ("Step", "Loss", *names)
+    return Table("Evaluations", columns, rows, frozenset(columns))
