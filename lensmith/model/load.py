@@ -67,9 +67,11 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
     Raises `ModelError` when tensors are missing, have another shape, or the config asks for what packing cannot do.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.utils.logging import disable_progress_bar
 
     tensor_dtypes(folder)
     register()
+    disable_progress_bar()
     config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:

@@ -231,5 +231,6 @@ class Session:
             return
         write_atomically(self.output / "summary.json", json.dumps(self.summary, indent=1).encode())
         report = write_report(self.output)
-        self.terminal.event("done", f"checkpoint {self.summary['checkpoint']}\nreport {report}",
+        self.terminal.event("checkpoint", f"checkpoint {self.summary['checkpoint']}", path=self.summary["checkpoint"])
+        self.terminal.event("done", f"report {report}",
                             checkpoint=self.summary["checkpoint"], report=str(report))  # fmt: skip

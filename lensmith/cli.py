@@ -1,0 +1,174 @@
+"""The commands: parse, call, one clear error, an exit code. Everything heavy is imported inside a command.
+
+Exit codes: 0 done, 64 wrong run file or command line, 65 wrong data, 66 wrong model or checkpoint, 70 a defect of
+lensmith, 74 the run could not go on, 130/143 stopped by SIGINT/SIGTERM after a save.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lensmith.core.errors import EXIT_CRASH, UserError
+
+if TYPE_CHECKING:
+    from lensmith.report.terminal import Terminal
+
+app = typer.Typer(
+    help="Fine-tune vision-language models and trust the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunFile = Annotated[Path, typer.Argument(help="Run file (YAML), or a run folder.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes on top of the file: key.sub=value.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what goes wrong.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, for scripts.")]
+
+
+def _terminal(quiet: bool, as_json: bool) -> Terminal:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked after the tokenizer was used
+    from lensmith.report.terminal import Terminal
+
+    return Terminal("json" if as_json else "quiet" if quiet else "normal")
+
+
+@app.command()
+def train(
+    run: RunFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Everything, one step, nothing kept.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train, or go on with a run that was interrupted."""
+    terminal = _terminal(quiet, as_json)
+    from lensmith.recipe.train import train as run_training
+
+    run_training(run, overrides or (), terminal=terminal, dry_run=dry_run)
+
+
+@app.command()
+def check(run: RunFile, overrides: Overrides = None, quiet: Quiet = False, as_json: Json = False) -> None:
+    """Read the run file and index the data; say what would train and what is dropped. Loads no weights."""
+    terminal = _terminal(quiet, as_json)
+    from lensmith.recipe.check import check as check_run
+    from lensmith.recipe.run import load_run
+
+    check_run(load_run(run, overrides or ()), terminal)
+
+
+@app.command()
+def show(
+    run: RunFile,
+    number: Annotated[int, typer.Argument(help="Which sample, counted from 0 over the rows read.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """One sample as the model sees it: trained tokens in colour, image blocks, patch grid."""
+    terminal = _terminal(False, as_json)
+    from lensmith.recipe.run import load_run
+    from lensmith.recipe.show import show as show_sample
+
+    show_sample(load_run(run, overrides or ()), number, terminal)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run folder (its newest), or an adapter folder.")],
+    output: Annotated[Path, typer.Argument(help="New folder for the model.")],
+    base: Annotated[str | None, typer.Option(help="Base model of an adapter, if not where its config says.")] = None,
+    merge: Annotated[bool, typer.Option(help="Merge an adapter into full weights; else copy the adapter.")] = True,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. Left out: the base model's.")] = None,
+    shard_gb: Annotated[float, typer.Option(help="Largest file of weights, in GB.")] = 5.0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model folder that transformers and vLLM load: adapters merged, one dtype, sharded."""
+    terminal = _terminal(quiet, as_json)
+    from lensmith.recipe.export import export as export_model
+
+    export_model(checkpoint, output, base=base, merge=merge, dtype=dtype, shard_gb=shard_gb, terminal=terminal)
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(help="Run folder.")], quiet: Quiet = False, as_json: Json = False) -> None:
+    """Make report.html and loss.png of a run folder anew."""
+    terminal = _terminal(quiet, as_json)
+    from lensmith.report.page import write_report
+
+    path = write_report(run_folder)
+    terminal.event("report", str(path), path=str(path))
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option(help="Folder for data and run.")] = Path("quickstart"),
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune the tiny embedded model on real pictures: CPU, about five minutes, with a report."""
+    terminal = _terminal(quiet, as_json)
+    from lensmith.recipe.quickstart import quickstart as start
+
+    start(output, overrides or (), terminal)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of run files, for editors."""
+    import json
+
+    from lensmith.config.build import json_schema
+    from lensmith.recipe.run import Run
+
+    print(json.dumps(json_schema(Run), indent=1))
+
+
+def _version(value: bool) -> None:
+    if value:
+        from lensmith import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Entry point. A `UserError` is one message on stderr; anything else is a traceback and exit code 70."""
+    try:
+        app(arguments)
+    except UserError as error:
+        _say(error.render())
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # noqa: BLE001 - the border of the program: every defect gets the same exit code
+        from lensmith.engine.loop import Interrupted
+
+        if isinstance(error, Interrupted):
+            _say(str(error))
+            sys.exit(error.exit_code)
+        import traceback
+
+        traceback.print_exc()
+        _say("this is a defect of lensmith, not of your run; please report it with the lines above")
+        sys.exit(EXIT_CRASH)
+
+
+def _say(text: str) -> None:
+    from lensmith.report.escape import terminal_safe
+
+    for line in text.split("\n"):
+        print(terminal_safe(line), file=sys.stderr)

@@ -1,0 +1,75 @@
+"""`lensmith export`: a checkpoint as a model folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from lensmith.checkpoint.export import write_model
+from lensmith.checkpoint.store import Damaged, Store, sync_folder, verify
+from lensmith.core.errors import ConfigError, ModelError
+from lensmith.model.load import base_dtype, load_model
+from lensmith.model.options import Model
+from lensmith.model.source import resolve
+from lensmith.report.terminal import Terminal
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def export(
+    checkpoint: Path, output: Path, *, base: str | None, merge: bool, dtype: str | None, shard_gb: float, terminal: Terminal
+) -> Path:
+    """Write `output` whole or not at all. Raises `UserError`s; never overwrites a folder."""
+    if output.exists():
+        raise ConfigError("OUTPUT", f"{output} exists", remedy="name a new folder")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError("DTYPE", f"--dtype {dtype!r}", remedy=f"one of {', '.join(DTYPES)}")
+    model_folder = _model_folder(checkpoint, terminal)
+    staging = output.with_name(f".{output.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    adapter = (model_folder / "adapter_config.json").is_file()
+    if adapter and not merge:
+        shutil.copytree(model_folder, staging)
+    else:
+        _write(model_folder, staging, adapter=adapter, base=base, dtype=DTYPES.get(dtype or ""), shard_gb=shard_gb)
+    sync_folder(staging)
+    staging.rename(output)
+    terminal.event("exported", f"model written to {output}", path=str(output))
+    return output
+
+
+def _model_folder(path: Path, terminal: Terminal) -> Path:
+    """The `model` folder of a verified checkpoint, of a run's newest one, or the folder itself."""
+    if (path / "checkpoints").is_dir():
+        found = Store(path / "checkpoints").newest(terminal.warning)
+        if found is None:
+            raise ModelError("CHECKPOINT", "this run has no checkpoint yet", where=str(path))
+        return found.folder / "model"
+    if (path / "MANIFEST.json").is_file():
+        try:
+            return verify(path).folder / "model"
+        except Damaged as error:
+            raise ModelError("CHECKPOINT", str(error), remedy="export another checkpoint of this run") from None
+    if (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
+        return path
+    raise ModelError("CHECKPOINT", "neither a run folder, a checkpoint nor a model folder", where=str(path))
+
+
+def _write(folder: Path, staging: Path, *, adapter: bool, base: str | None, dtype: torch.dtype | None, shard_gb: float) -> None:
+    cpu = torch.device("cpu")
+    if not adapter:
+        model = load_model(folder, dtype or base_dtype(folder), cpu)
+        write_model(staging, model, folder, dtype or base_dtype(folder), shard_gb=shard_gb)
+        return
+    from peft import PeftModel
+
+    said = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base_folder = resolve(Model(path=base or said), Path.cwd())
+    target = dtype or base_dtype(base_folder)
+    # float32 while merging: adding a small update to bfloat16 weights rounds twice
+    peft = PeftModel.from_pretrained(load_model(base_folder, torch.float32, cpu), str(folder))  # type: ignore[arg-type]
+    merged = peft.merge_and_unload()  # type: ignore[operator]
+    write_model(staging, merged, base_folder, target, shard_gb=shard_gb)
