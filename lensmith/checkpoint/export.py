@@ -28,7 +28,7 @@ def write_model(folder: Path, model: Any, base: Path, dtype: torch.dtype, *, sha
     and then verified on disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()}
+    state = _converted(model.state_dict(), dtype)
     restore = _set_dtype(model.config, dtype)
     try:
         model.save_pretrained(folder, state_dict=state, max_shard_size=f"{shard_gb}GB", safe_serialization=True)
@@ -37,6 +37,18 @@ def write_model(folder: Path, model: Any, base: Path, dtype: torch.dtype, *, sha
     _fix_config(folder / "config.json", dtype)
     carry(folder, base, pixels)
     verify_dtypes(folder, dtype)
+
+
+def _converted(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Tensors that share memory (a tied head) share it still, or they would be written twice."""
+    done: dict[tuple[int, int], torch.Tensor] = {}
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.numel())
+        if key not in done or done[key].shape != tensor.shape:
+            done[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        out[name] = done[key]
+    return out
 
 
 def _set_dtype(config: Any, dtype: torch.dtype) -> Any:

@@ -104,6 +104,26 @@ class Pipeline:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def pictures(self, patches: int) -> Iterator[tuple[int, PackedRow]]:
+        """(samples done, row) over all samples with pictures in index order, about `patches` patches a row: for
+        encoding every picture once before training. The grouping depends on the index alone."""
+        chunk: list[Member] = []
+        used = done = 0
+        seen: set[str] = set()
+        for number in range(len(self._tokens)):
+            done = number + 1
+            handles = self._handles[number]
+            if handles is None or seen.issuperset(handles):
+                continue
+            seen.update(handles)
+            chunk.append(self.member(number))
+            used += int(self._patches[number])
+            if used >= patches:
+                yield done, self._read(chunk, self.known())
+                chunk, used = [], 0
+        if chunk:
+            yield done, self._read(chunk, self.known())
+
     def _ahead(self, pool: ProcessPoolExecutor, plan: Iterator[Step]) -> Iterator[StepRows]:
         waiting: deque[tuple[Step, list[list[Member]], list[Future[PackedRow]]]] = deque()
         for step in plan:

@@ -73,6 +73,9 @@ class Root(nn.Module):
         self.chunk_values = chunk_values
         self.vision_mode = vision_mode(model, family)
         self.cache = cache if self.vision_mode != "trained" else None
+        self.alone = True
+        """Whether a picture that enters the cache is encoded by itself. Matrix products round otherwise with other
+        row counts (measured: below 16 rows), so what is kept must not depend on what stood beside it."""
 
     @property
     def device(self) -> torch.device:
@@ -106,6 +109,15 @@ class Root(nn.Module):
             target = torch.from_numpy(row.target_S).to(device, torch.long)
             return self._head(hidden_SH, target, torch.from_numpy(row.weight_S).to(device))
 
+    @torch.no_grad()
+    def warm(self, row: PackedRow) -> None:
+        """Put the features of a row's pictures into the cache, encoded together."""
+        self.alone = False
+        with self.autocast():
+            if len(row.image_keys):
+                self._cached(row)
+        self.alone = True
+
     def features(self, row: PackedRow) -> torch.Tensor | None:
         """Image features of every placed image in token order [N, H * levels]; each distinct picture computed once."""
         if not len(row.image_keys):
@@ -128,14 +140,19 @@ class Root(nn.Module):
         if fresh:
             sizes = [int(row.image_grids_I3[i].prod()) for i in row.pixel_image.tolist()]
             chunks = torch.from_numpy(row.pixels_PD).split(sizes)
-            with torch.no_grad():
-                run = self.family.encode_images if self.vision_mode == "frozen" else self.family.tower_only
-                new = run(self.model, torch.cat([chunks[n] for n, _ in fresh]), [grids[i] for _, i in fresh])
-            for (_, i), value in zip(fresh, new, strict=True):
-                found[i] = value
-                if self.cache is not None:
-                    self.cache.put(keys[i], value)
+            groups = [[f] for f in fresh] if self.cache is not None and self.alone else [fresh]
+            for group in groups:
+                new = self._encode(torch.cat([chunks[n] for n, _ in group]), [grids[i] for _, i in group])
+                for (_, i), value in zip(group, new, strict=True):
+                    found[i] = value
+                    if self.cache is not None:
+                        self.cache.put(keys[i], value)
         return [found[i] for i in range(len(keys))]
+
+    @torch.no_grad()
+    def _encode(self, pixels_PD: torch.Tensor, grids: Any) -> list[torch.Tensor]:
+        run = self.family.encode_images if self.vision_mode == "frozen" else self.family.tower_only
+        return run(self.model, pixels_PD, grids)
 
     def _head(self, hidden_SH: torch.Tensor, target_S: torch.Tensor, weight_S: torch.Tensor) -> Terms:
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]

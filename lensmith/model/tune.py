@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,8 +86,17 @@ def _lora(model: Any, tune: Lora, family: Parts) -> Tuned:
         task_type="CAUSAL_LM",
     )
     model.requires_grad_(False)
-    peft = get_peft_model(model, config, autocast_adapter_dtype=True)
+    with peft_is_quiet():
+        peft = get_peft_model(model, config, autocast_adapter_dtype=True)
     return Tuned(model, peft)
+
+
+@contextmanager
+def peft_is_quiet() -> Iterator[None]:
+    """PEFT 0.21 reads an attribute that transformers 5.23 deprecates, whenever it wraps a model."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -14,6 +14,7 @@ from lensmith.core.errors import ConfigError, ModelError
 from lensmith.model.load import base_dtype, load_model
 from lensmith.model.options import Model
 from lensmith.model.source import resolve
+from lensmith.model.tune import peft_is_quiet
 from lensmith.report.terminal import Terminal
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -70,6 +71,8 @@ def _write(folder: Path, staging: Path, *, adapter: bool, base: str | None, dtyp
     base_folder = resolve(Model(path=base or said), Path.cwd())
     target = dtype or base_dtype(base_folder)
     # float32 while merging: adding a small update to bfloat16 weights rounds twice
-    peft = PeftModel.from_pretrained(load_model(base_folder, torch.float32, cpu), str(folder))  # type: ignore[arg-type]
+    model = load_model(base_folder, torch.float32, cpu)
+    with peft_is_quiet():
+        peft = PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
     merged = peft.merge_and_unload()  # type: ignore[operator]
     write_model(staging, merged, base_folder, target, shard_gb=shard_gb)

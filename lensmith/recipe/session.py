@@ -17,6 +17,7 @@ from lensmith.core.errors import RunError
 from lensmith.data.pipeline import Pipeline
 from lensmith.engine.loop import Callbacks, Loop, Progress, score
 from lensmith.engine.step import StepResult
+from lensmith.model.vision_cache import VisionCache
 from lensmith.recipe import folder as run_folder
 from lensmith.recipe.build import Built, build, data_workers, set_threads
 from lensmith.recipe.held_out import HeldOut
@@ -29,6 +30,23 @@ from lensmith.report.page import write_report
 from lensmith.report.sinks import Sinks, make_sinks
 from lensmith.report.tables import what_trains
 from lensmith.report.terminal import Terminal
+
+
+WARM_PATCHES = 8192
+"""Patches encoded at once before training."""
+
+
+def warm_pays(prepared: Prepared, mode: str, cache: VisionCache) -> bool:
+    """The plan uses every picture, and the features of all of them fit in memory."""
+    plan, index = prepared.plan, prepared.train
+    samples = plan.num_steps() * (plan.samples or 1)
+    config = run_folder.read_json(prepared.model_folder / "config.json")
+    text, vision = {**config, **config.get("text_config", {})}, config["vision_config"]
+    levels = 1 + len(vision.get("deepstack_visual_indexes", ()))
+    width = text["hidden_size"] * levels
+    if mode == "projector":
+        width += prepared.family.pixels.merge**2 * vision.get("embed_dim", vision["hidden_size"])
+    return samples >= len(index.trainable) and int(index.column("media_tokens").sum()) * width * 4 <= cache.memory_bytes
 
 
 class Session:
@@ -119,6 +137,7 @@ class Session:
             self.prepared.train, self.prepared.plan, self.prepared.limits, workers=data_workers(run),
             **({"known": cache.known} if cache is not None else {}),
         )  # fmt: skip
+        self._warm()
         if self.held is not None and progress.step == 0 and run.evaluate.before and not self.dry_run:
             self._record_eval(progress, self.held.measure("before"))
         self.clock.lap("evaluate")
@@ -134,6 +153,17 @@ class Session:
                 steps = (s for s in [next(steps)])
             loop.run(steps)
         self.clock.lap("train")
+
+    def _warm(self) -> None:
+        """Encode every picture once ahead, when the tower is frozen, all features fit the cache and all are used."""
+        root, train = self.built.root, self.prepared.train
+        if root.cache is None or self.dry_run or not warm_pays(self.prepared, root.vision_mode, root.cache):
+            return
+        with self.terminal.progress("Encoding pictures once", len(train.trainable)) as bar:
+            for done, row in self.pipeline.pictures(WARM_PATCHES):
+                root.warm(row)
+                root.cache.learn(row.meta["handles"])
+                bar.advance(done - bar.done)
 
     def _refresh(self, row: Any) -> Any:
         """A row all of whose pictures have pixels or features."""
