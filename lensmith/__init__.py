@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from lensmith.core.version import VERSION as __version__
+
 __all__ = ["Run", "__version__", "load_run", "train"]
 
 if TYPE_CHECKING:

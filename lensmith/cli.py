@@ -6,14 +6,15 @@ lensmith, 74 the run could not go on, 130/143 stopped by SIGINT/SIGTERM after a 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from lensmith.core.errors import EXIT_CRASH, UserError
+from lensmith.core.errors import EXIT_CRASH, ConfigError, RunError, UserError
 
 if TYPE_CHECKING:
     from lensmith.report.terminal import Terminal
@@ -98,7 +99,9 @@ def export(
 
 
 @app.command()
-def report(run_folder: Annotated[Path, typer.Argument(help="Run folder.")], quiet: Quiet = False, as_json: Json = False) -> None:
+def report(
+    run_folder: Annotated[Path, typer.Argument(help="Run folder.")], quiet: Quiet = False, as_json: Json = False
+) -> None:
     """Make report.html and loss.png of a run folder anew."""
     terminal = _terminal(quiet, as_json)
     from lensmith.report.page import write_report
@@ -116,7 +119,7 @@ def quickstart(
 ) -> None:
     """Fine-tune the tiny embedded model on real pictures: CPU, about five minutes, with a report."""
     terminal = _terminal(quiet, as_json)
-    from lensmith.recipe.quickstart import quickstart as start
+    from lensmith.quickstart.command import quickstart as start
 
     start(output, overrides or (), terminal)
 
@@ -141,17 +144,27 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     pass
+
+
+_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE,
+            errno.EEXIST, errno.ENOTDIR, errno.EISDIR}  # fmt: skip
+"""What the machine refuses: no defect, and a traceback would not help."""
 
 
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point. A `UserError` is one message on stderr; anything else is a traceback and exit code 70."""
     try:
         app(arguments)
+    except SystemExit as done:  # Typer's own code for a wrong command line is 2
+        sys.exit(ConfigError.exit_code if done.code == 2 else done.code)
     except UserError as error:
-        _say(error.render())
-        sys.exit(error.exit_code)
+        _fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 - the border of the program: every defect gets the same exit code
@@ -160,11 +173,19 @@ def main(arguments: list[str] | None = None) -> Any:
         if isinstance(error, Interrupted):
             _say(str(error))
             sys.exit(error.exit_code)
+        if isinstance(error, OSError) and error.errno in _MACHINE:
+            remedy = "look at the space, the permissions and the kind of this path"
+            _fail(RunError("MACHINE", error.strerror or "failed", where=str(error.filename or ""), remedy=remedy))
         import traceback
 
         traceback.print_exc()
         _say("this is a defect of lensmith, not of your run; please report it with the lines above")
         sys.exit(EXIT_CRASH)
+
+
+def _fail(error: UserError) -> NoReturn:
+    _say(error.render())
+    sys.exit(error.exit_code)
 
 
 def _say(text: str) -> None:

@@ -80,7 +80,15 @@ def _fix_config(path: Path, dtype: torch.dtype) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_adapter(folder: Path, peft: Any, base: Path, base_name: str, dtype: torch.dtype = torch.float32) -> None:
+def write_adapter(
+    folder: Path,
+    peft: Any,
+    base: Path,
+    base_name: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    pixels: dict[str, int] | None = None,
+) -> None:
     """A PEFT adapter folder; its tensors in `dtype` (float32 unless told otherwise)."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -93,7 +101,7 @@ def write_adapter(folder: Path, peft: Any, base: Path, base_name: str, dtype: to
     config.base_model_name_or_path, config.inference_mode = base_name, True
     config.save_pretrained(folder)
     config.base_model_name_or_path, config.inference_mode = before
-    carry(folder, base, None)
+    carry(folder, base, pixels)
     verify_dtypes(folder, dtype, config=False)
 
 

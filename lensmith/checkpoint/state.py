@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lensmith.core.errors import RunError
 from lensmith.engine.determinism import random_state, restore
 from lensmith.engine.loop import Progress
-from lensmith.engine.optimizer import MasterAdamW
+from lensmith.engine.optimizer import MOMENTS, MasterAdamW
 
 
 def write_state(folder: Path, optimizer: MasterAdamW, progress: Progress) -> None:
@@ -33,12 +33,17 @@ def write_state(folder: Path, optimizer: MasterAdamW, progress: Progress) -> Non
 def read_state(folder: Path, optimizer: MasterAdamW) -> Progress:
     """Restore parameters, moments and random state. Names and shapes are checked before anything is touched."""
     tensors = load_file(folder / "training.safetensors")
-    wanted = {n: tuple(p.shape) for n, p in optimizer.named}
+    shapes = {n: tuple(p.shape) for n, p in optimizer.named}
     found = {k.removeprefix("param/"): tuple(v.shape) for k, v in tensors.items() if k.startswith("param/")}
-    if wanted != found:
-        other = sorted(set(wanted.items()) ^ set(found.items()))[0]
+    if shapes != found:
+        other = sorted(set(shapes.items()) ^ set(found.items()))[0]
         raise RunError("RESUME", f"the checkpoint trains other parameters: {other[0]} {other[1]}", where=str(folder),
                        remedy="keep model.path and tune as they were, or start in a new output folder")  # fmt: skip
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if kind not in ("param", *MOMENTS) or tuple(value.shape) != (() if kind == "step" else shapes.get(name)):
+            raise RunError("RESUME", f"the optimizer state {key} {tuple(value.shape)} belongs to no parameter of this run",
+                           where=str(folder), remedy="restore this checkpoint, or start in a new output folder")  # fmt: skip
     saved: dict[str, Any] = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
     optimizer.load_tensors(tensors)
     restore(load_file(folder / "random.safetensors"), json.dumps(saved["random"]))

@@ -1,7 +1,7 @@
 """Checkpoints that are published whole or do not exist.
 
-Writing: a hidden staging folder, every file hashed (SHA-256) and fsynced, a manifest, fsync of the folder, one rename
-to `step-00000012`, fsync of the parent. A published folder is never written again. Loading verifies every byte against
+Writing: a hidden staging folder, every file hashed (SHA-256) and fsynced, a sealed manifest, fsync of the folder, one
+rename to `step-00000012`, fsync of the parent. A published folder is never written again. Loading verifies every byte against
 the manifest and falls back to the newest checkpoint that verifies, and says so. Deleting renames to `.trash-*` first,
 so a half-deleted checkpoint is never seen.
 """
@@ -14,15 +14,19 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+from safetensors import SafetensorError
 
 from lensmith.core.errors import RunError
 
 SCHEMA = 1
 MANIFEST = "MANIFEST.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -47,35 +51,49 @@ class Store:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._damaged: set[int] = set()
 
     def publish(self, step: int, write: Callable[[Path], None], about: dict[str, Any]) -> Published:
         """Make checkpoint `step` out of what `write` puts into an empty folder.
 
-        Raises `RunError` SAVE when the disk refuses; then the staging folder is gone and all earlier checkpoints stand.
+        Raises `RunError` SAVE when the disk refuses. Whatever is raised, the staging folder is gone and all earlier
+        checkpoints stand.
         """
-        target = self.folder / f"step-{step:08d}"
+        target = self.path(step)
         staging = self.folder / f".staging-{step:08d}-{os.getpid()}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if target.exists():
-                self._trash(target)
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             write(staging)
             manifest = {"schema": SCHEMA, "step": step, **about, "files": _hash_all(staging)}
-            _write_synced(staging / MANIFEST, json.dumps(manifest, indent=1).encode())
+            manifest["seal"] = _seal(manifest)
+            _write_synced(staging / MANIFEST, _manifest_text(manifest))
             for sub in [p for p in staging.rglob("*") if p.is_dir()]:
                 sync_folder(sub)
             sync_folder(staging)
+            if target.exists():  # one that did not verify, or the run would not have come back to this step
+                self._trash(target)
             os.rename(staging, target)
             sync_folder(self.folder)
-        except OSError as error:
+            self._damaged.discard(step)
+        except BaseException as error:
             shutil.rmtree(staging, ignore_errors=True)
-            free = shutil.disk_usage(self.folder).free if self.folder.exists() else 0
-            hint = f"; {free >> 20} MiB are free" if error.errno == errno.ENOSPC else ""
-            raise RunError("SAVE", f"checkpoint {step} could not be written: {error.strerror or error}{hint}",
-                           where=str(target), remedy="make room or name another output folder, then run the same command again") from error  # fmt: skip
+            if isinstance(error, OSError | SafetensorError):
+                raise self._refused(step, error) from error
+            raise
         return Published(target, manifest)
+
+    def _refused(self, step: int, error: Exception) -> RunError:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        hint = ""
+        if getattr(error, "errno", None) in FULL or any(f"os error {number}" in reason for number in FULL):
+            free = shutil.disk_usage(self.folder).free if self.folder.exists() else 0
+            hint = f"; {free >> 20:,} MiB are free"
+            if steps := self.steps():
+                hint += f", the last checkpoint has {_size(self.path(steps[-1])) / 2**20:,.1f} MiB"
+        return RunError("SAVE", f"checkpoint {step} could not be written: {reason}{hint}", where=str(self.path(step)),
+                        remedy="make room or name another output folder, then run the same command again")  # fmt: skip
 
     def steps(self) -> list[int]:
         """Steps of the published checkpoints, ascending; not verified."""
@@ -97,6 +115,7 @@ class Store:
                 found = verify(self.path(step))
             except Damaged as error:
                 damaged.append(str(error))
+                self._damaged.add(step)
                 continue
             for text in damaged:
                 warn(f"checkpoint is damaged and not used: {text}")
@@ -114,14 +133,18 @@ class Store:
                     shutil.rmtree(path, ignore_errors=True)
 
     def purge(self, keep_last: int, keep: set[int]) -> None:
-        """Delete all but the `keep_last` newest and those in `keep`."""
+        """Delete all but the `keep_last` newest and those in `keep`; called after a save. Those that `newest` found
+        damaged go first: they must not count as kept, or they would push out the good ones."""
+        for step in sorted(self._damaged.intersection(self.steps())):
+            self._trash(self.path(step))
+        self._damaged.clear()
         steps = self.steps()
         for step in steps[:-keep_last] if keep_last else steps:
             if step not in keep:
                 self._trash(self.path(step))
 
     def _trash(self, path: Path) -> None:
-        trash = path.with_name(f".trash-{path.name}-{os.getpid()}")
+        trash = path.with_name(f".trash-{path.name}-{os.getpid()}-{time.time_ns()}")
         os.rename(path, trash)
         shutil.rmtree(trash, ignore_errors=True)
 
@@ -134,10 +157,14 @@ def verify(folder: Path) -> Published:
         path = folder / name
         if not path.is_file():
             raise Damaged(f"{path} is missing")
-        if path.stat().st_size != entry["size"]:
-            raise Damaged(f"{path} has {path.stat().st_size} bytes, {entry['size']} were written")
-        if _sha256(path) != entry["sha256"]:
-            raise Damaged(f"{path} differs from what was written (SHA-256)")
+        try:
+            size = path.stat().st_size
+            if size != entry["size"]:
+                raise Damaged(f"{path} has {size} bytes, {entry['size']} were written")
+            if _sha256(path) != entry["sha256"]:
+                raise Damaged(f"{path} differs from what was written (SHA-256)")
+        except OSError as error:
+            raise Damaged(f"{path} cannot be read ({error.strerror})") from None
     extra = {name for name, _ in _files(folder)} - set(listed) - {MANIFEST}
     if extra:
         raise Damaged(f"{folder} holds a file that was not written with it: {sorted(extra)[0]}")
@@ -145,17 +172,52 @@ def verify(folder: Path) -> Published:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """A manifest that is byte for byte as written. Raises `Damaged`, and `RunError` SCHEMA for one of a later
+    lensmith (every schema is sealed in the same way, so a damaged number is not taken for a later one)."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        data = path.read_bytes()
+        manifest = json.loads(data)
+    except (OSError, ValueError, RecursionError):
         raise Damaged(f"{path} cannot be read") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or "step" not in manifest:
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
         raise Damaged(f"{path} is not a manifest")
-    if manifest.get("schema", 0) > SCHEMA:
+    if data != _manifest_text(manifest) or manifest.get("seal") != _seal(manifest):
+        raise Damaged(f"{path} differs from what was written")
+    if manifest["schema"] > SCHEMA:
         raise RunError("SCHEMA", f"checkpoint schema {manifest['schema']} is newer than this lensmith reads ({SCHEMA})", where=str(path),
                        remedy="update lensmith")  # fmt: skip
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(_inside(name) and _is_entry(entry) for name, entry in files.items()):
+        raise Damaged(f"{path} is not a manifest")
+    named = _NAME.fullmatch(folder.name)
+    if not isinstance(manifest.get("step"), int) or (named and int(named.group(1)) != manifest["step"]):
+        raise Damaged(f"{path} is that of step {manifest.get('step')}, not of {folder.name}")
     return manifest
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """What makes a changed manifest evident; it guards against damage, not against someone who means to deceive."""
+    rest = {k: v for k, v in manifest.items() if k != "seal"}
+    return hashlib.sha256(_manifest_text(rest)).hexdigest()
+
+
+def _manifest_text(manifest: dict[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=1).encode()
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+
+
+def _inside(name: str) -> bool:
+    """A name that stays in its folder."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for _, path in _files(folder))
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -1,8 +1,8 @@
 """The nouns of training data, before any model is known. No I/O here.
 
-A *sample* is one row of a source. It holds a document (text and images in reading order) or one or more
-conversations. Several conversations in one sample are *branches*: independent of each other, each trained as if it
-stood alone; what they have in common at the front (the picture, the system prompt) is computed once.
+A *sample* is one row of a source. It holds a document (text and images in reading order), a conversation, or several
+of them. Several in one sample are *branches*: independent of each other, each trained as if it stood alone; what they
+have in common at the front (the picture, the system prompt) is computed once.
 """
 
 from __future__ import annotations
@@ -75,15 +75,23 @@ class Sample:
     """One row of a source. `origin` ("train.jsonl:17") is repeated by every later error, drop and incident."""
 
     origin: str
-    content: Document | tuple[Conversation, ...]
+    content: Document | tuple[Conversation | Document, ...]
     id: str | None = None
     group: str | None = None
     notes: tuple[str, ...] = ()
 
     def images(self) -> list[Image]:
         """Every image in reading order, branch by branch, with repeats."""
-        if isinstance(self.content, Document):
-            parts = [self.content.parts]
-        else:
-            parts = [m.parts for c in self.content for m in c.messages]
-        return [p for group in parts for p in group if isinstance(p, Image)]
+        return [p for p in self.parts() if isinstance(p, Image)]
+
+    def most_images(self) -> int:
+        """Images of the branch that has most."""
+        return max(sum(isinstance(p, Image) for p in branch) for branch in self._branches())
+
+    def parts(self) -> list[Part]:
+        """Every part in reading order, branch by branch."""
+        return [part for branch in self._branches() for part in branch]
+
+    def _branches(self) -> list[list[Part]]:
+        branches = (self.content,) if isinstance(self.content, Document) else self.content
+        return [list(b.parts) if isinstance(b, Document) else [p for m in b.messages for p in m.parts] for b in branches]

@@ -24,6 +24,9 @@ class Member:
     tokens: int = -1
 
 
+Grid = tuple[int, int, int]
+
+
 @dataclass
 class Pictures:
     """Distinct pictures of a row. `known` maps a handle to the key of a picture whose features are already cached."""
@@ -32,36 +35,38 @@ class Pictures:
     known: dict[str, str]
     keys: list[str] = field(default_factory=list)
     handles: dict[str, str] = field(default_factory=dict)
-    grids: list[tuple[int, int, int]] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
     pixels: dict[int, np.ndarray] = field(default_factory=dict)
-    _of: dict[tuple[str, tuple[int, int, int]], int] = field(default_factory=dict)
+    _of: dict[tuple[str, Grid], int] = field(default_factory=dict)
+    _numbers: dict[tuple[str, Grid], int] = field(default_factory=dict)
 
     def add(self, file: int, encoded: Encoded, origin: str) -> list[int]:
-        """Numbers of the sample's pictures among the distinct ones. Raises `Drop` for one that does not decode."""
-        found: list[int] = []
-        for block in encoded.images:
-            handle = self.loader.handle(file, block.image, origin)
-            number = self._of.get((handle, block.grid_thw))
-            if number is None:
-                key, patches = self.known.get(handle), None
-                if key is None:
-                    data = self.loader.bytes_of(file, block.image, origin)
-                    key, patches = content_key(data), self.loader.patches(data, block)
-                number = self._number(key, block.grid_thw, patches)
-                self._of[(handle, block.grid_thw)] = number
-                self.handles[handle] = key
-            found.append(number)
-        return found
+        """Numbers of the sample's pictures among the distinct ones. Raises `Drop` for one that does not decode; then
+        none of the sample's pictures is added."""
+        order = [(self.loader.handle(file, block.image, origin), block.grid_thw) for block in encoded.images]
+        read: dict[tuple[str, Grid], tuple[str, np.ndarray | None]] = {}
+        for block, at in zip(encoded.images, order, strict=True):
+            if at in self._of or at in read:
+                continue
+            if (key := self.known.get(at[0])) is not None:
+                read[at] = key, None
+            else:
+                data = self.loader.bytes_of(file, block.image, origin)
+                read[at] = content_key(data), self.loader.patches(data, block)
+        for (handle, grid), (key, patches) in read.items():
+            self.handles[handle] = key
+            self._of[(handle, grid)] = self._number(key, grid, patches)
+        return [self._of[at] for at in order]
 
-    def _number(self, key: str, grid: tuple[int, int, int], patches: np.ndarray | None) -> int:
-        for number, (k, g) in enumerate(zip(self.keys, self.grids, strict=True)):
-            if (k, g) == (key, grid):
-                return number
-        self.keys.append(key)
-        self.grids.append(grid)
-        if patches is not None:
-            self.pixels[len(self.keys) - 1] = patches
-        return len(self.keys) - 1
+    def _number(self, key: str, grid: Grid, patches: np.ndarray | None) -> int:
+        """Two places may hold the same bytes: one picture."""
+        number = self._numbers.setdefault((key, grid), len(self.keys))
+        if number == len(self.keys):
+            self.keys.append(key)
+            self.grids.append(grid)
+            if patches is not None:
+                self.pixels[number] = patches
+        return number
 
     def fill(self, row: PackedRow, order: list[int]) -> None:
         """Put the pictures into `row`; `order` is the distinct number of every placed image."""

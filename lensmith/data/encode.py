@@ -74,22 +74,29 @@ class Encoder:
             if encoded.num_tokens > self.max_tokens:
                 raise self._too_long(encoded)
         else:
-            encoded = join_branches([self._conversation(c) for c in sample.content])
+            encoded = join_branches([self._branch(c) for c in sample.content])
             if encoded.num_tokens > self.max_tokens and len(sample.content) == 1:
                 raise self._too_long(encoded)
             if encoded.num_tokens > self.max_tokens:
-                raise Drop("TOO_LONG", f"{encoded.num_tokens} tokens in {len(sample.content)} branches > {self.max_tokens}")
+                raise Drop(
+                    "TOO_LONG", f"{encoded.num_tokens} tokens in {len(sample.content)} branches > {self.max_tokens}"
+                )
         if encoded.num_supervised == 0:
             raise Drop("NO_TARGETS", "no supervised token")
         return encoded
 
     def encode_prompt(self, conversation: Conversation) -> Encoded:
-        """Up to where the assistant answers (nothing is trained); for generation."""
+        """Up to where the assistant answers; for generation."""
         return self._pieces(self.rendering.render(conversation, ask=True))
 
     def _too_long(self, encoded: Encoded) -> Drop:
         image_tokens = int((encoded.kind_L == IMAGE).sum())
         return Drop("TOO_LONG", f"{encoded.num_tokens} tokens ({image_tokens} of images) > {self.max_tokens}")
+
+    def _branch(self, branch: Conversation | Document) -> Encoded:
+        if isinstance(branch, Document):
+            return self._pieces(self.rendering.render_document(branch))
+        return self._conversation(branch)
 
     def _conversation(self, conversation: Conversation) -> Encoded:
         encoded = self._pieces(self.rendering.render(conversation))

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from lensmith.core.encoded import Encoded, ImageBlock
-from lensmith.core.errors import Drop
-from lensmith.core.sample import Image, Sample
+from lensmith.core.errors import DataError, Drop
+from lensmith.core.sample import Document, Image, Sample
 from lensmith.data.encode import Encoder
 from lensmith.data.formats import Format, detect
 from lensmith.data.media import ImageLimits, is_data_url, parse_data_url, read_bytes, resolve_media
-from lensmith.data.media_open import open_rgb, probe, probe_file
+from lensmith.data.media_open import ImageInfo, open_rgb, probe, probe_file
 from lensmith.data.readers import RowFile, RowRef, open_rows
 from lensmith.data.tokenizer import TextTokenizer
 
@@ -34,6 +34,8 @@ class SourceFile:
     base: str
     weight: float = 1.0
     max_samples: int | None = None
+    shown: str | None = None
+    """The file's name in origins; left out, its path."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class LoaderSpec:
     max_tokens: int
     too_long: str
     max_row_bytes: int
+    text_tokens: tuple[str, ...] = ()
 
     def build(self) -> Loader:
         return Loader(self)
@@ -56,38 +59,61 @@ class LoaderSpec:
 class Loader:
     def __init__(self, spec: LoaderSpec):
         self.spec = spec
-        self.tokenizer = TextTokenizer(spec.tokenizer_json)
+        self.tokenizer = TextTokenizer(spec.tokenizer_json, spec.text_tokens)
         self._rows: dict[int, RowFile] = {}
         self._formats: dict[int, Format] = {i: f.format for i, f in enumerate(spec.files) if f.format is not None}
         self._roots = [Path(r) for r in spec.roots]
+        self._found_for = ""
+        self._found: dict[tuple[int, str], Path] = {}
 
     def rows(self, file: int) -> RowFile:
         if file not in self._rows:
-            self._rows[file] = open_rows(Path(self.spec.files[file].path), max_row_bytes=self.spec.max_row_bytes)
+            f = self.spec.files[file]
+            self._rows[file] = open_rows(Path(f.path), name=f.shown, max_row_bytes=self.spec.max_row_bytes)
         return self._rows[file]
 
     def sample(self, file: int, ref: RowRef) -> Sample:
         """Raises `DataError` for a row that is wrong and `Drop` for one that cannot be trained."""
         rows = self.rows(file)
         row = rows.read(ref)
-        if file not in self._formats:
-            self._formats[file] = detect(row, rows.origin(ref))
+        self.detect(file)
         return self._formats[file].parse(row, rows.origin(ref))
 
-    def encode(self, file: int, sample: Sample) -> Encoded:
-        limit = self.spec.limits.max_images
-        if len(sample.images()) > limit:
-            raise Drop("IMG_COUNT", f"{len(sample.images())} images > data.image.max_images = {limit}")
-        return self.encoder(file, sample.origin).encode(sample)
+    def detect(self, file: int) -> None:
+        """Settle the format of a file: as the run file says, else by its first row that can be read.
 
-    def encoder(self, file: int, origin: str) -> Encoder:
+        Never by the row at hand: processes read different rows first. Raises DataError UNKNOWN_FORMAT.
+        """
+        rows = self.rows(file)
+        for ref in rows.scan() if file not in self._formats else ():
+            try:
+                row = rows.read(ref)
+            except DataError:  # reported when this row is measured
+                continue
+            self._formats[file] = detect(row, rows.origin(ref))
+            return
+
+    def encode(self, file: int, sample: Sample, notes: dict[str, None] | None = None) -> Encoded:
+        """`notes` gathers the notes of the pictures' headers."""
+        limit, count = self.spec.limits.max_images, sample.most_images()
+        if count > limit:
+            raise Drop("IMG_COUNT", f"{count} images > data.image.max_images = {limit}")
+        return self.encoder(file, sample.origin, notes).encode(sample)
+
+    def encoder(self, file: int, origin: str, notes: dict[str, None] | None = None) -> Encoder:
+        headers: dict[Image, ImageInfo] = {}
+
         def size(image: Image) -> tuple[int, int]:
-            info = self.header(file, image, origin)
+            if image not in headers:
+                headers[image] = self.header(file, image, origin)
+            info = headers[image]
+            if notes is not None:
+                notes.update(dict.fromkeys(info.notes))
             return info.width, info.height
 
         return Encoder(self.spec.family, self.tokenizer, size, self.spec.max_tokens, self.spec.too_long)  # type: ignore[arg-type]
 
-    def header(self, file: int, image: Image, origin: str) -> Any:
+    def header(self, file: int, image: Image, origin: str) -> ImageInfo:
         """Size, format and notes from the header of a picture; no pixel is decoded."""
         if image.data is not None:
             return probe(image.data, self.spec.limits)
@@ -97,8 +123,13 @@ class Loader:
         return probe_file(self.path(file, image.path, origin), self.spec.limits)
 
     def path(self, file: int, path: str, origin: str) -> Path:
-        base = Path(self.spec.files[file].base)
-        return resolve_media(path, [base, *self._roots], origin, base)
+        """Where a picture is. Remembered for the sample at hand: its branches name the same pictures."""
+        if self._found_for != origin:
+            self._found_for, self._found = origin, {}
+        if (file, path) not in self._found:
+            base = Path(self.spec.files[file].base)
+            self._found[(file, path)] = resolve_media(path, [base, *self._roots], origin, base)
+        return self._found[(file, path)]
 
     def handle(self, file: int, image: Image, origin: str) -> str:
         """A cheap identity: where the picture is, or its bytes. Equal handles mean the same picture."""
@@ -140,6 +171,10 @@ def digest_of(sample: Sample, handles: Sequence[str]) -> int:
 
 
 def _texts(content: Any) -> Any:
-    if isinstance(content, tuple):
-        return [[(m.role, [getattr(p, "text", None) for p in m.parts], m.tool_calls) for m in c.messages] for c in content]
-    return [getattr(p, "text", None) for p in content.parts]
+    branches = content if isinstance(content, tuple) else (content,)
+    return [
+        [getattr(p, "text", None) for p in b.parts]
+        if isinstance(b, Document)
+        else [(m.role, [getattr(p, "text", None) for p in m.parts], m.tool_calls) for m in b.messages]
+        for b in branches
+    ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -35,10 +37,22 @@ class StepRows:
     dropped: list[tuple[int, str, str]] = field(default_factory=list)
 
 
-Known = Callable[[], dict[str, str]]
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A step that workers read: its micro-batches, and the rows handed out so far."""
+
+    step: Step
+    members: list[list[Member]]
+    rows: list[Future[PackedRow]]
 
 
-def _no_picture_known() -> dict[str, str]:
+SHOWN_ORIGINS = 8
+
+Known = Callable[[Iterable[str]], dict[str, str]]
+"""Of these handles, those whose features are kept, with their content keys."""
+
+
+def _no_picture_known(handles: Iterable[str]) -> dict[str, str]:
     return {}
 
 
@@ -46,7 +60,16 @@ _worker: dict[str, Loader] = {}
 
 
 def _start_worker(spec: LoaderSpec) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker["loader"] = spec.build()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever: its siblings hold the pipe open."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(members: list[Member], known: dict[str, str]) -> PackedRow:
@@ -55,7 +78,7 @@ def _work(members: list[Member], known: dict[str, str]) -> PackedRow:
 
 @dataclass
 class Pipeline:
-    """Iterates over steps. `known` tells which pictures (by handle) need no pixels any more."""
+    """Iterates over steps. `known` tells which pictures need no pixels any more."""
 
     index: Index
     plan: Plan
@@ -71,7 +94,11 @@ class Pipeline:
         self._tokens = self.index.column("tokens")
         self._patches = self.index.column("patches")
         self._weights = self.index.weights
-        self._handles = self.index.column("handles")
+        self._handles = [() if h is None else tuple(h) for h in self.index.column("handles")]
+        numbers: dict[tuple[str, ...], int] = {}
+        self._clusters = np.array([numbers.setdefault(h, len(numbers)) if h else -1 for h in self._handles], np.int64)
+        """Equal for samples that show the same pictures. Sharing only the first would not do: the others' patches
+        would be counted against `device_patches` once for all."""
 
     def rows_of(self, step: Step) -> list[list[Member]]:
         """This rank's micro-batches of a step, before they are read."""
@@ -80,7 +107,7 @@ class Pipeline:
             return []
         tokens, patches = self._tokens[m], self._patches[m]
         placed = place(
-            tokens, patches, tokens + patches / 4.0, self.index.clusters[m], ranks=self.ranks, limits=self.limits
+            tokens, patches, tokens + patches / 4.0, self._clusters[m], ranks=self.ranks, limits=self.limits
         )
         return [[self.member(int(m[i])) for i in row] for row in placed[self.rank]]
 
@@ -94,7 +121,7 @@ class Pipeline:
         if self.workers == 0:
             for step in plan:
                 begin = time.perf_counter()
-                rows = [self._read(members, self.known()) for members in self.rows_of(step)]
+                rows = [self._read(members, self._known_of(members)) for members in self.rows_of(step)]
                 yield self._finish(step, rows, time.perf_counter() - begin)
             return
         context = multiprocessing.get_context("fork")
@@ -113,45 +140,56 @@ class Pipeline:
         for number in range(len(self._tokens)):
             done = number + 1
             handles = self._handles[number]
-            if handles is None or seen.issuperset(handles):
+            if seen.issuperset(handles):
                 continue
             seen.update(handles)
             chunk.append(self.member(number))
             used += int(self._patches[number])
             if used >= patches:
-                yield done, self._read(chunk, self.known())
+                yield done, self._read(chunk, self._known_of(chunk))
                 chunk, used = [], 0
         if chunk:
-            yield done, self._read(chunk, self.known())
+            yield done, self._read(chunk, self._known_of(chunk))
 
     def _ahead(self, pool: ProcessPoolExecutor, plan: Iterator[Step]) -> Iterator[StepRows]:
-        waiting: deque[tuple[Step, list[list[Member]], list[Future[PackedRow]]]] = deque()
-        for step in plan:
-            members = self.rows_of(step)
-            waiting.append((step, members, [pool.submit(_work, m, self._known_of(m)) for m in members]))
-            if len(waiting) > self.ahead:
-                yield self._collect(*waiting.popleft())
-        while waiting:
-            yield self._collect(*waiting.popleft())
+        waiting: deque[_Waiting] = deque()
+        try:
+            for step in plan:
+                members = self.rows_of(step)
+                waiting.append(_Waiting(step, members, []))
+                for row in members:
+                    waiting[-1].rows.append(pool.submit(_work, row, self._known_of(row)))
+                if len(waiting) > self.ahead:
+                    yield self._collect(waiting)
+            while waiting:
+                yield self._collect(waiting)
+        except BrokenProcessPool:
+            raise self._worker_died(waiting) from None
 
     def _known_of(self, members: list[Member]) -> dict[str, str]:
-        """The part of the known pictures these members show (what travels to the worker)."""
-        known = self.known()
-        handles = [h for m in members for h in (self._handles[m.number] if self._handles[m.number] is not None else ())]
-        return {h: known[h] for h in handles if h in known}
+        """The known pictures that these members show."""
+        return self.known([h for m in members for h in self._handles[m.number]])
 
-    def _collect(self, step: Step, members: list[list[Member]], futures: list[Future[PackedRow]]) -> StepRows:
+    def _collect(self, waiting: deque[_Waiting]) -> StepRows:
         begin = time.perf_counter()
-        try:
-            rows = [f.result() for f in futures]
-        except BrokenProcessPool:
-            origins = [self.index.column("origin")[m.number] for row in members for m in row][:8]
-            raise RunError(
-                "DATA_WORKER",
-                f"a data worker died while step {step.number} was read; in flight: {', '.join(origins)}",
-                remedy="look for an out-of-memory kill; lower data.image.max_pixels or data.workers",
-            ) from None
-        return self._finish(step, rows, time.perf_counter() - begin)
+        rows = [f.result() for f in waiting[0].rows]
+        return self._finish(waiting.popleft().step, rows, time.perf_counter() - begin)
+
+    def _worker_died(self, waiting: deque[_Waiting]) -> RunError:
+        """Rows are handed out in order: the first unfinished ones were being read."""
+        unread: list[tuple[Step, list[Member]]] = []
+        for w in waiting:
+            done = [f.done() and not f.cancelled() and f.exception() is None for f in w.rows]
+            unread += [(w.step, row) for n, row in enumerate(w.members) if n >= len(done) or not done[n]]
+        numbers = [m.number for _, row in unread[: self.workers] for m in row]
+        origins = [str(self.index.column("origin")[n]) for n in numbers]
+        more = f" and {len(origins) - SHOWN_ORIGINS} more" if len(origins) > SHOWN_ORIGINS else ""
+        return RunError(
+            "DATA_WORKER",
+            f"a data worker died while it read for step {unread[0][0].number + 1 if unread else '?'}; "
+            f"in flight: {', '.join(origins[:SHOWN_ORIGINS])}{more}",
+            remedy="look for an out-of-memory kill; lower data.image.max_pixels or data.workers, then run again",
+        )
 
     def _read(self, members: list[Member], known: dict[str, str]) -> PackedRow:
         if self._loader is None:
@@ -168,13 +206,12 @@ class Pipeline:
         supervised = self.index.column("supervised")[members] if len(members) else np.zeros(0)
         total = float((supervised * self._weights[members]).sum()) if len(members) else 0.0
         gone = {d[0] for d in dropped}
-        if gone:
-            lost = [i for i, n in enumerate(members.tolist()) if n in gone]
-            total -= float((supervised[lost] * self._weights[members[lost]]).sum())
+        lost = [i for i, n in enumerate(members.tolist()) if n in gone]
+        total -= float((supervised[lost] * self._weights[members[lost]]).sum()) if lost else 0.0
         return StepRows(
             step=step,
             rows=[r for r in rows if r.num_tokens],
-            num_samples=len(members) - len(gone),
+            num_samples=len(members) - len(lost),
             num_tokens=int(sum(r.num_tokens for r in rows)),
             num_supervised=total,
             wait_seconds=wait,

@@ -1,7 +1,8 @@
 """Which samples train in which step: a pure function of (index, seed, batch rule, exclusions).
 
 The stream is endless: epoch after epoch, each its own permutation. It knows nothing of ranks, workers or packing, so
-a run resumes from a step number (and, for `batch.tokens`, a cursor) with any number of ranks.
+a run resumes from a step number and a cursor with any number of ranks. The length (`epochs`, `max_steps`) only says
+where the stream is cut, so a run can be made longer later.
 """
 
 from __future__ import annotations
@@ -51,51 +52,65 @@ class Plan:
         """Stream position where the last epoch ends."""
         return None if self.epochs is None else round(self.num_samples * self.epochs)
 
-    def num_steps(self) -> int:
-        """Steps of the whole run. For a token rule this walks the stream once."""
-        if self.tokens is not None:
-            count = sum(1 for _ in self.steps())
-        elif self.end is None:
+    def num_steps(self, done: int = 0, cursor: int = 0) -> int:
+        """Steps of the whole run, of which `done` are taken and led to `cursor`. A token rule walks the rest of the
+        stream once."""
+        if self.end is None:
             assert self.max_steps is not None, "an endless plan needs max_steps"
-            count = self.max_steps
-        else:
-            count = self._steps_until(self.end)
-        return count if self.max_steps is None else min(count, self.max_steps)
+            return self.max_steps if next(self._stretches(done, cursor), None) else done
+        if self.tokens is not None:
+            return done + sum(1 for _ in self._stretches(done, cursor))
+        count = done + self._steps_between(cursor, self.end)
+        return count if self.max_steps is None else max(done, min(count, self.max_steps))
 
-    def _steps_until(self, position: int) -> int:
-        assert self.samples is not None
+    def _steps_between(self, begin: int, end: int) -> int:
+        """By count of samples. `begin` is where a step begins."""
+        n, size = self.num_samples, self.samples
+        assert size is not None
+        if begin >= end:
+            return 0
         if self.partial == "carry":
-            return -(-position // self.samples)
-        whole, rest = divmod(position, self.num_samples)
-        if self.partial == "epoch_end":
-            return whole * -(-self.num_samples // self.samples) + -(-rest // self.samples)
-        return whole * (self.num_samples // self.samples) + rest // self.samples
+            return -(-(end - begin) // size)
+
+        def steps(samples: int) -> int:
+            return -(-samples // size) if self.partial == "epoch_end" else samples // size
+
+        own_end = (begin // n + 1) * n
+        if end <= own_end:
+            return steps(end - begin)
+        whole, rest = divmod(end - own_end, n)
+        return steps(own_end - begin) + whole * steps(n) + steps(rest)
 
     def steps(self, start: int = 0, cursor: int | None = None) -> Iterator[Step]:
-        """Steps from `start` on. With a token rule `cursor` is the saved stream position of that step."""
-        position = self._position_of(start) if cursor is None else cursor
-        number = start
-        orders: dict[int, np.ndarray] = {}
-        while self.max_steps is None or number < self.max_steps:
-            stretch = self._next(position, orders)
-            if stretch is None:
-                return
-            begin, end, position = stretch
-            members = self._members(begin, end, orders)
+        """Steps from `start` on. `cursor` is the saved stream position of that step; without it the position is
+        counted out as if the run had been planned with this length from the beginning."""
+        walk = _Walk(self)
+        for number, begin, end in self._stretches(start, self._position_of(start) if cursor is None else cursor, walk):
+            members = walk.members(begin, end)
             if self.excluded:
                 keep = [m for m in members.tolist() if self.excluded.get(m, number + 1) > number]
                 members = np.array(keep, members.dtype)
-            yield Step(number, members, position / self.num_samples, position)
-            number += 1
+            yield Step(number, members, end / self.num_samples, end)
+
+    def _stretches(self, start: int, position: int, walk: _Walk | None = None) -> Iterator[tuple[int, int, int]]:
+        """(step, first, last + 1) in the stream."""
+        walk = walk or _Walk(self)
+        number = start
+        while self.max_steps is None or number < self.max_steps:
+            stretch = self._next(position, walk)
+            if stretch is None:
+                return
+            yield number, *stretch
+            number, position = number + 1, stretch[1]
 
     def _position_of(self, step: int) -> int:
         if self.tokens is not None:
             position = 0
-            for found in self.steps(cursor=0):
-                if found.number >= step:
+            for number, _, end in self._stretches(0, 0):
+                if number >= step:
                     break
-                position = found.cursor
-            return position if step else 0
+                position = end
+            return position
         assert self.samples is not None
         if self.partial == "carry":
             return step * self.samples
@@ -103,54 +118,71 @@ class Plan:
         epoch, within = divmod(step, max(per_epoch, 1))
         return epoch * self.num_samples + within * self.samples
 
-    def _next(self, position: int, orders: dict[int, np.ndarray]) -> tuple[int, int, int] | None:
-        """(first, last + 1, where the step after it begins) in the stream, or None at the end."""
+    def _next(self, position: int, walk: _Walk) -> tuple[int, int] | None:
+        """The stretch of the step that begins at `position` (or, with `drop`, at the next epoch); None at the end."""
         end = self.end
-        while True:
-            if end is not None and position >= end:
-                return None
+        while end is None or position < end:
             epoch_end = (position // self.num_samples + 1) * self.num_samples
-            limit = end if self.partial == "carry" else min(epoch_end, end or epoch_end)
-            stop = self._fill(position, limit, orders)
-            full = limit is None or stop < limit or self._is_full(position, stop, orders)
+            limit = end if self.partial == "carry" else epoch_end if end is None else min(epoch_end, end)
+            stop, full = walk.fill(position, limit)
             if full or self.partial != "drop":
-                return position, stop, stop
-            if self._smaller_than_a_step(position, limit):
+                return position, stop
+            if position % self.num_samples == 0:  # a whole epoch is less than a step: it would be dropped for ever
                 return None
             position = epoch_end
+        return None
 
-    def _smaller_than_a_step(self, position: int, limit: int | None) -> bool:
-        """`drop` on data smaller than one step would never end."""
-        return limit is not None and position % self.num_samples == 0
 
-    def _is_full(self, begin: int, stop: int, orders: dict[int, np.ndarray]) -> bool:
-        if self.samples is not None and self.tokens is None:
-            return stop - begin == self.samples
-        return False
+class _Walk:
+    """The epochs in use of one walk along the stream."""
 
-    def _fill(self, position: int, limit: int | None, orders: dict[int, np.ndarray]) -> int:
-        if self.tokens is None:
-            assert self.samples is not None
-            stop = position + self.samples
-            return stop if limit is None else min(stop, limit)
-        assert self.num_tokens is not None
-        used, stop = 0, position
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self._orders: dict[int, np.ndarray] = {}
+        self._sums: dict[int, np.ndarray] = {}
+
+    def fill(self, position: int, limit: int | None) -> tuple[int, bool]:
+        """(where the step that begins at `position` stops, whether it stops for being full)."""
+        plan = self.plan
+        if plan.tokens is None:
+            assert plan.samples is not None
+            stop = position + plan.samples
+            return (stop, True) if limit is None or stop <= limit else (limit, False)
+        stop, left = position, plan.tokens
         while limit is None or stop < limit:
-            more = int(self.num_tokens[self._members(stop, stop + 1, orders)[0]])
-            if stop > position and used + more > self.tokens:
+            epoch, offset = divmod(stop, plan.num_samples)
+            sums = self._sums_of(epoch)
+            most = int(np.searchsorted(sums, sums[offset] + left, side="right")) - 1 - offset
+            if limit is not None:
+                most = min(most, limit - stop)
+            left -= int(sums[offset + most] - sums[offset])
+            stop += most
+            if offset + most < plan.num_samples:
                 break
-            used, stop = used + more, stop + 1
-        return stop
+        if stop == position:  # a sample of more tokens than a step has: alone
+            return position + 1, True
+        return stop, left == 0 or limit is None or stop < limit
 
-    def _members(self, begin: int, end: int, orders: dict[int, np.ndarray]) -> np.ndarray:
+    def members(self, begin: int, end: int) -> np.ndarray:
         found: list[np.ndarray] = []
         while begin < end:
-            epoch, offset = divmod(begin, self.num_samples)
-            if epoch not in orders:
-                for old in [e for e in orders if e < epoch - 1]:
-                    del orders[old]
-                orders[epoch] = self.order(epoch)
-            taken = orders[epoch][offset : offset + end - begin]
+            epoch, offset = divmod(begin, self.plan.num_samples)
+            taken = self._order(epoch)[offset : offset + end - begin]
             found.append(taken)
             begin += len(taken)
         return np.concatenate(found)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            for kept in (self._orders, self._sums):
+                for old in [e for e in kept if e < epoch - 1]:
+                    del kept[old]
+            self._orders[epoch] = self.plan.order(epoch)
+        return self._orders[epoch]
+
+    def _sums_of(self, epoch: int) -> np.ndarray:
+        if epoch not in self._sums:
+            assert self.plan.num_tokens is not None
+            order = self._order(epoch)
+            self._sums[epoch] = np.concatenate([[0], np.cumsum(self.plan.num_tokens[order].astype(np.int64))])
+        return self._sums[epoch]

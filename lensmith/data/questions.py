@@ -52,7 +52,7 @@ def load_questions(
     encoder = loader.encoder(shown_file, sample.origin)
     found: list[Question] = []
     for conversation in sample.content:
-        parts = split_question(conversation)
+        parts = None if isinstance(conversation, Document) else split_question(conversation)
         if parts is None:
             continue
         prompt = _with_pictures(parts[0], shown) if shown else parts[0]

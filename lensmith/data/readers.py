@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lensmith.core.errors import ConfigError, DataError
-from lensmith.data.strict_json import LAYOUT, check_strings, parse_json
+from lensmith.data.strict_json import LAYOUT, check_strings, parse_json, printable
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".parquet")
 MAX_ROW_BYTES = 64 << 20
@@ -64,9 +64,10 @@ class RowFile(Protocol):
 def open_rows(path: Path, *, name: str | None = None, max_row_bytes: int = MAX_ROW_BYTES) -> RowFile:
     """Choose the reader: Parquet by extension, JSON array or JSON lines by the first character of the text.
 
-    `name` is what origins call the file, by default `path` as given. Raises ConfigError FILE_TYPE.
+    `name` is what origins call the file, by default `path` as given; on one line, whatever stands in it. Raises
+    ConfigError FILE_TYPE.
     """
-    name = str(path) if name is None else name
+    name = printable(str(path) if name is None else name)
     extension = path.suffix.lower()
     if extension not in EXTENSIONS:
         raise ConfigError("FILE_TYPE", f"{path.suffix or 'no extension'!r} is not a known file type", where=name,

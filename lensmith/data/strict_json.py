@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from lensmith.core.errors import DataError
@@ -66,12 +67,23 @@ def _check_depth(data: bytes, where: str) -> None:
             raise DataError("JSON_DEPTH", f"nested more than {MAX_DEPTH} levels deep", where=where)
 
 
+def printable(text: str) -> str:
+    """`text` on one line, characters that draw nothing or turn the reading direction as escapes. For messages."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def key_list(row: Mapping[str, Any]) -> str:
+    """The keys of a row for a message."""
+    text = printable(", ".join(map(str, row)))
+    return f"{text[:200]}..." if len(text) > 200 else text or "nothing"
+
+
 def check_strings(value: object, where: str, path: str = "") -> None:
     """Raise UNICODE for NUL or half a surrogate pair in any key or text of `value`."""
     if isinstance(value, str):
         if bad := _BAD_CHARACTER.search(value):
             kind = "a NUL character" if bad[0] == "\0" else f"half a surrogate pair (\\u{ord(bad[0]):04x})"
-            raise DataError("UNICODE", f"{path or 'the row'}: {kind} in the text", where=where)
+            raise DataError("UNICODE", f"{printable(path) or 'the row'}: {kind} in the text", where=where)
     elif isinstance(value, dict):
         for key, item in value.items():
             check_strings(key, where, "a key")

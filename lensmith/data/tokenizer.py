@@ -11,27 +11,48 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from lensmith.core.errors import ModelError
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+
+
+def with_tokens(file_json: str, tokens: Sequence[str]) -> str:
+    """`tokenizer.json` text with `tokens` added behind its last id. Tokens it has already are kept."""
+    tokenizer = Tokenizer.from_str(file_json)
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in tokens])
+    return tokenizer.to_str()
 
 
 class TextTokenizer:
     """Wraps `tokenizer.json`. Not shared between processes: each worker loads its own."""
 
-    def __init__(self, file_json: str):
-        parsed = json.loads(file_json)
+    def __init__(self, file_json: str, text_tokens: Sequence[str] = ()):
+        """`text_tokens` are added tokens that data may contain as tokens (`model.add_tokens`).
+
+        Raises `ModelError` when this is no `tokenizer.json` that the tokenizers library can read.
+        """
+        try:
+            parsed = json.loads(file_json)
+            self._full = Tokenizer.from_str(file_json)
+        except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower
+            raise ModelError("TOKENIZER", f"not a tokenizer.json: {error}") from None
         self.added: dict[str, int] = {t["content"]: t["id"] for t in parsed.get("added_tokens", [])}
         self.fingerprint = hashlib.sha256(file_json.encode()).hexdigest()[:16]
-        names = sorted(self.added, key=len, reverse=True)
-        self._border = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+        self.text_tokens = tuple(text_tokens)
+        self._border = _any_of(self.added)
+        self._text_border = _any_of(text_tokens)
         parsed["added_tokens"] = []
         parsed["truncation"] = parsed["padding"] = parsed["post_processor"] = None
         self._plain = Tokenizer.from_str(json.dumps(parsed))
-        self._full = Tokenizer.from_str(file_json)
         self.num_ids = max([self._plain.get_vocab_size(with_added_tokens=False), *(i + 1 for i in self.added.values())])
 
     @staticmethod
@@ -59,14 +80,23 @@ class TextTokenizer:
 
     def plain(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """ids [n] and, in characters of `text`, where each token begins [n]. No text becomes a control token."""
-        if not text:
-            return np.zeros(0, np.int32), np.zeros(0, np.int32)
-        encoding = self._plain.encode(text, add_special_tokens=False)
-        starts = np.fromiter((o[0] for o in encoding.offsets), np.int32, len(encoding.ids))
-        return np.array(encoding.ids, np.int32), starts
+        ids: list[int] = []
+        starts: list[int] = []
+        at = 0
+        for stretch in self._text_border.split(text) if self._text_border else (text,):
+            if stretch in self.text_tokens:
+                ids.append(self.added[stretch])
+                starts.append(at)
+            elif stretch:
+                encoding = self._plain.encode(stretch, add_special_tokens=False)
+                ids += encoding.ids
+                starts += [at + offset[0] for offset in encoding.offsets]
+            at += len(stretch)
+        return np.array(ids, np.int32), np.array(starts, np.int32)
 
     def mentions_control(self, text: str) -> bool:
-        return any(token in text for token in self.added)
+        """Whether the text holds the name of a token that it does not get."""
+        return any(token in text for token in self.added if token not in self.text_tokens)
 
     def full_json(self) -> str:
         """The tokenizer as `tokenizer.json` text."""

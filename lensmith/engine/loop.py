@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 
 from lensmith.core.errors import RunError
 from lensmith.engine.optimizer import MasterAdamW
-from lensmith.engine.options import WSD, Constant, Cosine, EarlyStop, Linear, Save, Train
+from lensmith.engine.options import WSD, Constant, Cosine, Linear, Save, Train
 from lensmith.engine.schedule import factor
 from lensmith.engine.step import StepResult, Terms, run_step
 
@@ -43,7 +44,11 @@ class Progress:
     supervised: float = 0.0
     samples: int = 0
     best: float | None = None
+    """The early stop's best score."""
     worse: int = 0
+    """Evaluations since then."""
+    best_kept: float | None = None
+    """The best score that has a checkpoint."""
     bad_in_a_row: int = 0
     excluded: dict[int, int] = field(default_factory=dict[int, int])
 
@@ -78,15 +83,18 @@ class Loop:
         Raises `Interrupted` after a save when SIGTERM, SIGINT or SIGHUP arrived, and `RunError` NONFINITE.
         """
         last_save, saved_at = time.monotonic(), self.progress.step
-        metrics: dict[str, float] | None = None
+        if self._is_over():  # an early stop whose run is started again stays stopped
+            return self.progress
         with Signals() as signals:
             for data in steps:
                 self._one(data)
                 done = self.progress.step
-                fresh = self._evaluate() if self.evaluate_every and done % self.evaluate_every == 0 else None
-                metrics = fresh or metrics
-                stop = fresh is not None and self._stop_early(fresh)
-                if self._save_due(done, last_save) or signals.caught is not None or stop:
+                metrics = self.callbacks.evaluate(self.progress) if self._evaluation_due(done) else None
+                best = metrics is not None and self._is_best(metrics)
+                if metrics is not None:
+                    self._count_worse(metrics)
+                stop = metrics is not None and self._is_over()
+                if self._save_due(done, last_save) or signals.caught is not None or stop or best:
                     self.callbacks.save(self.progress, metrics)
                     last_save, saved_at = time.monotonic(), done
                 if signals.caught is not None:
@@ -94,8 +102,10 @@ class Loop:
                 if stop:
                     self.callbacks.event("early_stop", {"step": done})
                     break
-            if saved_at != self.progress.step or self.progress.step == 0:
-                self.callbacks.save(self.progress, metrics)
+            if saved_at != self.progress.step:
+                self.callbacks.save(self.progress, None)
+            if signals.caught is not None:
+                raise Interrupted(signals.caught, self.progress.step)
         return self.progress
 
     def _one(self, data: StepInput) -> None:
@@ -104,7 +114,7 @@ class Loop:
         if data.num_supervised > 0:
             result = run_step(
                 self.root,
-                [self.callbacks.refresh(row) for row in data.rows],
+                map(self.callbacks.refresh, data.rows),
                 data.num_supervised,
                 self.optimizer,
                 self.part_of,
@@ -112,13 +122,13 @@ class Loop:
                 clip_norm=self.train.clip_norm,
             )
         else:
-            result = StepResult(0.0, 0.0, {}, True, self.optimizer.rates())
+            result = StepResult(math.nan, 0.0, {}, False, self.optimizer.rates(), empty=True)
         p.step, p.cursor, p.epoch = data.step.number + 1, data.step.cursor, data.step.epoch
         if result.applied:
             p.applied, p.bad_in_a_row = p.applied + 1, 0
             p.tokens, p.samples = p.tokens + data.num_tokens, p.samples + data.num_samples
             p.supervised += data.num_supervised
-        else:
+        elif not result.empty:
             p.bad_in_a_row += 1
         self.callbacks.log(p, data, result, time.perf_counter() - begin)
         if p.bad_in_a_row > self.train.max_bad_steps:
@@ -133,20 +143,29 @@ class Loop:
         by_steps = s.every_steps is not None and done % s.every_steps == 0
         return by_steps or (s.every_minutes is not None and time.monotonic() - last_save >= 60 * s.every_minutes)
 
-    def _evaluate(self) -> dict[str, float]:
-        return self.callbacks.evaluate(self.progress)
+    def _evaluation_due(self, done: int) -> bool:
+        return self.evaluate_every is not None and done % self.evaluate_every == 0
 
-    def _stop_early(self, metrics: dict[str, float]) -> bool:
-        rule: EarlyStop | None = self.train.early_stop
-        if rule is None:
+    def _is_best(self, metrics: dict[str, float]) -> bool:
+        """Whether `save.keep_best` asks for a checkpoint here."""
+        value, p = score(metrics, self.saving.keep_best or ""), self.progress
+        if value is None or (p.best_kept is not None and value <= p.best_kept):
             return False
+        p.best_kept = value
+        return True
+
+    def _count_worse(self, metrics: dict[str, float]) -> None:
+        rule, p = self.train.early_stop, self.progress
+        if rule is None:
+            return
         value = score(metrics, rule.metric)
-        p = self.progress
         if value is not None and (p.best is None or value > p.best + rule.min_change):
             p.best, p.worse = value, 0
         else:
             p.worse += 1
-        return p.worse >= rule.patience
+
+    def _is_over(self) -> bool:
+        return self.train.early_stop is not None and self.progress.worse >= self.train.early_stop.patience
 
 
 def score(metrics: dict[str, float], name: str) -> float | None:
@@ -170,18 +189,23 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Remembers the first SIGTERM, SIGINT or SIGHUP; a second one acts at once as it did before."""
+    """Remembers the first SIGTERM, SIGINT or SIGHUP; a second one acts at once as it did before. A signal that was
+    ignored (SIGHUP under nohup) stays ignored."""
 
     def __init__(self) -> None:
         self.caught: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        try:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                self._before[number] = signal.signal(number, self._catch)
-        except ValueError:  # not the main thread: whoever owns it handles signals
-            self._before.clear()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            before = signal.getsignal(number)
+            if before in (signal.SIG_IGN, None):
+                continue
+            try:
+                signal.signal(number, self._catch)
+            except ValueError:  # not the main thread: whoever owns it handles signals
+                break
+            self._before[number] = before
         return self
 
     def _catch(self, number: int, frame: FrameType | None) -> None:

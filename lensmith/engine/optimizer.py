@@ -12,6 +12,8 @@ from lensmith.engine.options import AdamW
 
 Named = Sequence[tuple[str, nn.Parameter]]
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
 
 @dataclass
 class Group:
@@ -109,8 +111,8 @@ class MasterAdamW:
                 if self.masters:
                     p.copy_(target)
                 state: dict[str, torch.Tensor] = {}
-                for key in ("step", "exp_avg", "exp_avg_sq"):
+                for key in MOMENTS:  # fused AdamW wants its step count on the parameter's device too
                     if (value := tensors.get(f"{key}/{name}")) is not None:
-                        state[key] = value.clone() if key == "step" else value.to(target.device, copy=True)
+                        state[key] = value.to(target.device, copy=True)
                 if state:
                     self.torch.state[target] = state

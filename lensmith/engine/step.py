@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +15,20 @@ Terms = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class StepResult:
-    """Figures of one step. `applied` False: vetoed, nothing moved."""
+    """Figures of one step. `applied` False: nothing moved, for the loss or gradient was not finite, or (`empty`)
+    nothing in the step had a weight."""
 
     loss: float
     grad_norm: float
     grad_norm_parts: dict[str, float]
     applied: bool
     rates: dict[str, float]
+    empty: bool = False
 
 
 def run_step(
     root: Callable[[Any], Terms],
-    rows: Sequence[Any],
+    rows: Iterable[Any],
     count: float,
     optimizer: MasterAdamW,
     part_of: Callable[[str], str],
@@ -36,7 +38,7 @@ def run_step(
 ) -> StepResult:
     """`count` is the sum of weights over the supervised positions of the whole step, known before the forward pass:
     each micro-batch's loss sum is divided by it, so the gradient is that of the token-weighted mean however the
-    samples are packed.
+    samples are packed. `rows` is read one by one: a row may be completed just before its own forward pass.
     """
     optimizer.zero_grad()
     total = torch.zeros((), dtype=torch.float64)

@@ -130,7 +130,7 @@ def question_pairs(sample: Sample) -> list[tuple[str, str]]:
     """(last user text, answer) of each conversation."""
     if isinstance(sample.content, Document):
         return []
-    found = [split_question(c) for c in sample.content]
+    found = [split_question(c) for c in sample.content if not isinstance(c, Document)]
     return [(f[1], f[2]) for f in found if f is not None]
 
 

@@ -6,7 +6,9 @@ Vendor sources: the models' chat templates, `preprocessor_config.json`, and tran
 Deliberate differences from the vendor's template, by name:
 - `typed_control_tokens`: `<|im_end|>`, `<|image_pad|>`, `<tool_call>`, ... inside data stay text;
 - `tools_before_qwen3`: Qwen2-VL's and Qwen2.5-VL's templates drop tools and tool calls and print a `tool` role; here
-  all three families write them in the form of the Qwen3-VL template (and of LLaMA-Factory's `tool_format: qwen`).
+  all three families write them in the form of the Qwen3-VL template (and of LLaMA-Factory's `tool_format: qwen`),
+  behind the default system prompt where the model has one;
+- `pictures_of_answers`: Qwen3-VL's template drops pictures of system and assistant turns; here they are kept.
 
 Training: assistant text and its `<|im_end|>` are targets; role headers, images and the newline after `<|im_end|>` not.
 """
@@ -93,7 +95,7 @@ class QwenVL:
     def _turn(self, message: Message) -> list[Piece]:
         trained = message.trained
         pieces: list[Piece] = [Template(f"<|im_start|>{message.role}\n"), *self._parts(message.parts, trained)]
-        has_text = bool(message.parts)
+        has_text = any(not isinstance(p, Text) or p.text for p in message.parts)
         for position, call in enumerate(message.tool_calls):
             border = "\n" if position or has_text else ""
             pieces += [
@@ -117,7 +119,9 @@ class QwenVL:
     def _system_with_tools(self, system: Message | None, tools: tuple[str, ...]) -> list[Piece]:
         pieces: list[Piece] = [Template("<|im_start|>system\n")]
         if system is not None:
-            pieces += [*self._parts(system.parts, trained=False), Template("\n\n")]
+            pieces += [*self._parts(system.parts, system.trained), Template("\n\n")]
+        elif self.default_system is not None:
+            pieces.append(Template(self.default_system + "\n\n"))
         pieces.append(Template(TOOLS_HEAD))
         for tool in tools:
             pieces += [Template("\n"), Run(_as_template_json(tool))]
@@ -213,9 +217,10 @@ class QwenVL:
     def lora_pattern(self, parts: Sequence[PartName]) -> str:
         """A full-match pattern for the linear layers of `parts`. The vision MLP of Qwen2.5-VL has layers called
         gate_proj, up_proj and down_proj too, so suffixes alone would hit it (peft issue 2615)."""
+        mlp = r"mlp\.((gate|up|down)_proj|(linear_)?fc[12])"
         patterns = {
-            "language": r".*language_model\.layers\.\d+\.(self_attn|mlp)\.[qkvo_gateupdown]+_proj",
-            "vision": r".*visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.\w+)|deepstack_merger_list\.\d+\.linear_fc[12])",
+            "language": rf".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|{mlp})",
+            "vision": rf".*visual\.(blocks\.\d+\.(attn\.(qkv|proj)|{mlp})|deepstack_merger_list\.\d+\.linear_fc[12])",
             "projector": r".*visual\.merger\.(mlp\.[02]|linear_fc[12])",
         }
         return "|".join(f"({patterns[p]})" for p in parts if p in patterns)
@@ -245,7 +250,9 @@ class QwenVL:
 
     def _vision_plans(self, model: nn.Module, grids: tuple[tuple[int, int, int], ...]) -> tuple[Any, dict[str, Any]]:
         visual: Any = model.model.visual  # type: ignore[union-attr]
-        full, window, index = _segments_of(grids, self.pixels.merge, self.pixels.patch, getattr(visual, "window_size", 0))
+        full, window, index = _segments_of(
+            grids, self.pixels.merge, self.pixels.patch, getattr(visual, "window_size", 0)
+        )
         if index is None:
             return {None: full}, {}
         import torch
@@ -255,7 +262,9 @@ class QwenVL:
         plans.update({visual.blocks[i].attn: full for i in visual.fullatt_block_indexes})
         return plans, {"window_index": index, "cu_window_seqlens": whole}
 
-    def encode_images(self, model: nn.Module, pixels_PD: torch.Tensor, grids: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
+    def encode_images(
+        self, model: nn.Module, pixels_PD: torch.Tensor, grids: Sequence[tuple[int, int, int]]
+    ) -> list[torch.Tensor]:
         """Tower and projector: per image [tokens, H * (1 + deepstack levels)]."""
         import torch
 
@@ -263,7 +272,9 @@ class QwenVL:
         deep = list(getattr(out, "deepstack_features", None) or [])
         return list(torch.cat([out.pooler_output, *deep], dim=-1).split(self._token_counts(grids)))
 
-    def tower_only(self, model: nn.Module, pixels_PD: torch.Tensor, grids: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
+    def tower_only(
+        self, model: nn.Module, pixels_PD: torch.Tensor, grids: Sequence[tuple[int, int, int]]
+    ) -> list[torch.Tensor]:
         """Before the projector, in reading order: per image [tokens, merge^2 * tower width + deepstack]."""
         import torch
 
@@ -357,4 +368,9 @@ def from_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any], defa
     return QwenVL(name, pixels, default_system)
 
 
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+DEFAULT_SYSTEM: dict[str, str | None] = {
+    "qwen2_vl": "You are a helpful assistant.",
+    "qwen2_5_vl": "You are a helpful assistant.",
+    "qwen3_vl": None,
+}
+"""What the published chat templates put in front; for a model folder without a template of its own."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lensmith.core.errors import ModelError
-from lensmith.core.sample import Conversation, Message, Text
-from lensmith.data.encode import Encoder
+from lensmith.core.sample import Conversation, Image, Message, Text
+from lensmith.data.encode import Picture
 from lensmith.data.tokenizer import TextTokenizer
 from lensmith.family.template import default_system, render_vendor
 
@@ -18,7 +18,7 @@ FAMILIES: dict[str, str] = {
     "qwen2_5_vl": "lensmith.family.qwen_vl",
     "qwen3_vl": "lensmith.family.qwen_vl",
 }
-"""model_type of config.json -> module with `from_config`."""
+"""model_type of config.json -> module with `from_config` and `DEFAULT_SYSTEM`."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -31,19 +31,24 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError("MODEL_FILE", f"not JSON: {error}", where=str(path)) from None
 
 
-def load_family(folder: Path, *, min_pixels: int | None = None, max_pixels: int | None = None, check: bool = True) -> Any:
-    """The family of the model in `folder`, with its own pixel settings (or the given ones) and chat template.
+def load_family(
+    folder: Path, *, min_pixels: int | None = None, max_pixels: int | None = None, check: bool = True
+) -> Any:
+    """The family of the model in `folder`, with its own pixel settings (or the given ones) and default system prompt.
 
-    Raises `ModelError` for an unknown model_type, missing control tokens, or a chat template that differs from the
-    family's on a probe (`check`).
+    Raises `ModelError` for an unknown model_type, missing control tokens, or a chat template that does not render or
+    differs from the family's on a probe. Without `check` such a template is passed over.
     """
     config = read_json(folder / "config.json")
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise ModelError("MODEL_TYPE", f"model_type {model_type!r} is not a known family", where=str(folder / "config.json"),
+        raise ModelError("MODEL_TYPE", f"model_type {model_type!r} is not a known family",
+                         where=str(folder / "config.json"),
                          remedy=f"known: {known}; docs/adding_a_family.md shows how to add one")  # fmt: skip
-    preprocessor = read_json(folder / "preprocessor_config.json") or read_json(folder / "processor_config.json").get("image_processor", {})
+    preprocessor = read_json(folder / "preprocessor_config.json") or read_json(folder / "processor_config.json").get(
+        "image_processor", {}
+    )
     preprocessor = dict(preprocessor)
     if min_pixels or max_pixels:
         size = dict(preprocessor.get("size") or {})
@@ -52,8 +57,9 @@ def load_family(folder: Path, *, min_pixels: int | None = None, max_pixels: int 
         preprocessor |= {"size": size, "min_pixels": min_pixels or preprocessor.get("min_pixels"),
                          "max_pixels": max_pixels or preprocessor.get("max_pixels")}  # fmt: skip
     template = vendor_template(folder)
-    family = importlib.import_module(FAMILIES[model_type]).from_config(
-        config, preprocessor, default_system(template) if template else None
+    module = importlib.import_module(FAMILIES[model_type])
+    family = module.from_config(
+        config, preprocessor, _default_system(template, module.DEFAULT_SYSTEM[model_type], check)
     )
     if family.pixels.min_pixels > family.pixels.max_pixels:
         raise ModelError("PIXELS", f"min_pixels {family.pixels.min_pixels} > max_pixels {family.pixels.max_pixels}",
@@ -62,8 +68,20 @@ def load_family(folder: Path, *, min_pixels: int | None = None, max_pixels: int 
     for token in family.control_tokens:
         tokenizer.control(token)
     if template and check:
-        _check_template(template, family, tokenizer)
+        _check_template(template, family)
     return family
+
+
+def _default_system(template: str | None, usual: str | None, check: bool) -> str | None:
+    """The system prompt of the model's own template; the family's usual one where no template says."""
+    if template is None:
+        return usual
+    try:
+        return default_system(template)
+    except ModelError:
+        if check:
+            raise
+        return usual
 
 
 def vendor_template(folder: Path) -> str | None:
@@ -73,33 +91,31 @@ def vendor_template(folder: Path) -> str | None:
         return file.read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
         template = read_json(folder / name).get("chat_template")
+        if isinstance(template, list):  # several by name: tool use apart, in older files
+            template = next((t.get("template") for t in template if t.get("name") == "default"), None)
         if isinstance(template, str):
             return template
     return None
 
 
 PROBE = Conversation(
-    tuple(
-        Message(role, (Text(text),))
-        for role, text in (("system", "S"), ("user", " a\n"), ("assistant", "b"), ("user", "c"), ("assistant", "d "))
-    )  # type: ignore[arg-type]
+    (
+        Message("system", (Text("S "),)),
+        Message("user", (Text(" a\n"),)),
+        Message("assistant", (Text("\nb\n"),)),
+        Message("user", (Text("c "), Image(path="1"), Text("\n"), Image(path="2"))),
+        Message("assistant", (Text("d "),)),
+    )
 )
 
 
-def _check_template(template: str, family: Any, tokenizer: TextTokenizer) -> None:
-    encoder = Encoder(family, tokenizer, lambda image: (0, 0), 1 << 30)
-    ours = encoder.encode_prompt(Conversation(PROBE.messages[:-1])).ids_L.tolist()
-    text = render_vendor(template, Conversation(PROBE.messages[:-1]), add_generation_prompt=True)
-    theirs = encode_vendor(tokenizer, text)
-    if ours != theirs:
-        raise ModelError("TEMPLATE", f"the model's chat template renders a probe otherwise than family {family.name}:\n"
-                         f"  model:  {text!r}\n  family: {tokenizer.decode(ours)!r}",
-                         remedy="set model.template: force to train on the family's form all the same")  # fmt: skip
-
-
-def encode_vendor(tokenizer: TextTokenizer, text: str) -> list[int]:
-    """Ids of rendered template text, control tokens recognised everywhere (as the vendor's tokenizer does)."""
-    ids: list[int] = []
-    for piece, control in tokenizer.split_controls(text):
-        ids += [control] if control is not None else tokenizer.plain(piece)[0].tolist()
-    return ids
+def _check_template(template: str, family: Any) -> None:
+    """Equal text is equal tokens: both are tokenised alike. A picture is one image token before it is expanded."""
+    for conversation, ask in ((PROBE, False), (Conversation(PROBE.messages[:-1]), True)):
+        pieces = family.render(conversation, ask=ask)
+        ours = "".join(family.image_token if isinstance(p, Picture) else p.text for p in pieces)
+        theirs = render_vendor(template, conversation, add_generation_prompt=ask)
+        if ours != theirs:
+            raise ModelError("TEMPLATE", f"the model's chat template renders a probe otherwise than family "
+                             f"{family.name}:\n  model:  {theirs!r}\n  family: {ours!r}",
+                             remedy="set model.template: force to train on the family's form all the same")  # fmt: skip

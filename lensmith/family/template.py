@@ -16,10 +16,14 @@ MAX_TEMPLATE = 1 << 18
 
 
 def render_vendor(template: str, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
-    """Text of a conversation as the model's template writes it. Raises `ModelError` TEMPLATE when it does not render."""
+    """A conversation as the model's template writes it. Raises `ModelError` TEMPLATE when it does not render."""
     if len(template) > MAX_TEMPLATE:
-        raise ModelError("TEMPLATE", f"the chat template has {len(template)} characters; at most {MAX_TEMPLATE} are read")
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        raise ModelError(
+            "TEMPLATE", f"the chat template has {len(template)} characters; at most {MAX_TEMPLATE} are read"
+        )
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
     environment.globals["raise_exception"] = _raise
     try:
@@ -28,8 +32,17 @@ def render_vendor(template: str, conversation: Conversation, *, add_generation_p
             tools=[json.loads(t) for t in conversation.tools] or None,
             add_generation_prompt=add_generation_prompt,
         )
-    except (TemplateError, TypeError, ValueError, OverflowError) as error:
-        raise ModelError("TEMPLATE", f"the model's chat template does not render: {error}") from None
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise ModelError("TEMPLATE", f"the model's chat template does not render: {type(error).__name__}: {error}",
+                         remedy="set model.template: force to train on the family's form") from None  # fmt: skip
 
 
 def _raise(message: str) -> None:
@@ -40,7 +53,9 @@ def _plain(message: Message) -> dict[str, Any]:
     if all(isinstance(p, Text) for p in message.parts):
         content: Any = "".join(p.text for p in message.parts if isinstance(p, Text))
     else:
-        content = [{"type": "image"} if isinstance(p, Image) else {"type": "text", "text": p.text} for p in message.parts]
+        content = [
+            {"type": "image"} if isinstance(p, Image) else {"type": "text", "text": p.text} for p in message.parts
+        ]
     out: dict[str, Any] = {"role": message.role, "content": content}
     if message.tool_calls:
         out["tool_calls"] = [{"function": {"name": c.name, "arguments": c.arguments}} for c in message.tool_calls]

@@ -13,6 +13,7 @@ Shape letters: T tokens of the row, Q/K heads, D head size, n segments of a stac
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -114,7 +115,8 @@ class AttentionPlan:
             if (q != k).any():
                 index = torch.cat([_key_positions(s) for s in ordered]).to(device)
             cu = [torch.from_numpy(np.concatenate([[0], np.cumsum(x)]).astype(np.int32)).to(device) for x in (q, k)]
-            self._device["varlen"] = dict(index=index, cu_q=cu[0], cu_k=cu[1], max_q=int(q.max()), max_k=int(k.max()))
+            lengths = {"max_q": int(q.max()), "max_k": int(k.max())}
+            self._device["varlen"] = {"index": index, "cu_q": cu[0], "cu_k": cu[1], **lengths}
         return self._device["varlen"]
 
 
@@ -145,7 +147,7 @@ def _stack(group: list[Segment], causal: bool) -> Stack:
         mask = torch.ones(longest, prefix + longest, dtype=torch.bool).tril(prefix)[None, None]
     elif not causal and not equal:
         mask = real[:, None, None, :].expand(len(group), 1, longest, longest)
-    side_by_side = all(b.start == a.start + a.length for a, b in zip(group, group[1:], strict=False))
+    side_by_side = all(b.start == a.start + a.length for a, b in itertools.pairwise(group))
     contiguous = (group[0].start, len(group), longest) if equal and side_by_side and not prefix else None
     take = None if equal else real.flatten().nonzero()[:, 0]
     return Stack(query, key, mask, take, contiguous)
@@ -172,11 +174,19 @@ def segment_attention(
     plan: AttentionPlan = plans[module] if module in plans else plans[None]
     q_TQD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
     assert query.shape[0] == 1 and q_TQD.shape[0] == plan.num_tokens, "a plan describes exactly one packed row"
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
-        out_TQD = _varlen(plan, q_TQD, k_TKD, v_TKD, scaling)
+    dtype = _compute_dtype(query)
+    if query.is_cuda and dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
+        out_TQD = _varlen(plan, q_TQD.to(dtype), k_TKD.to(dtype), v_TKD.to(dtype), scaling)
     else:
         out_TQD = _stacked(plan, q_TQD, k_TKD, v_TKD, scaling, dropout)
     return out_TQD[None], None
+
+
+def _compute_dtype(query: torch.Tensor) -> torch.dtype:
+    """Under autocast queries and keys arrive in float32 (the rotary table has the embedding's type) and values in
+    bfloat16; SDPA casts them by itself, variable-length attention does not."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
 
 def _stacked(

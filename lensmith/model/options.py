@@ -20,6 +20,9 @@ class Model(Part):
     """Commit, tag or branch on the Hub. A branch name is resolved once and its commit recorded with the run."""
     local_files_only: bool = False
     """Never ask the Hub; use the local cache. Also on with HF_HUB_OFFLINE=1."""
+    add_tokens: tuple[str, ...] = ()
+    """New tokens (for example `<box>`). They are recognised in the data's texts; the embedding grows by them where it
+    is too small, and their rows are trained."""
     template: Literal["check", "force"] = "check"
     """`check`: refuse a model whose chat template differs from the family's. `force`: render the family's anyway."""
 

@@ -35,16 +35,23 @@ class Tuned:
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
 
 
-def apply(model: Any, tune: Full | Freeze | Lora, family: Parts) -> Tuned:
-    """Set what trains. Raises `ConfigError` for a pattern or part that matches nothing."""
+def apply(model: Any, tune: Full | Freeze | Lora, family: Parts, new_ids: Sequence[int] = ()) -> Tuned:
+    """Set what trains. `new_ids`: rows of added tokens, which train in every case.
+
+    Raises `ConfigError` for a pattern or part that matches nothing.
+    """
     if isinstance(tune, Lora):
-        return _lora(model, tune, family)
+        return _lora(model, tune, family, new_ids)
     if isinstance(tune, Full):
         model.requires_grad_(True)
         return Tuned(model)
     model.requires_grad_(False)
     for part in tune.train:
         _unfreeze(model, part, tune, family)
+    head = "embeddings" if is_tied(model) else "head"
+    if new_ids and not {"embeddings", head} <= set(tune.train):
+        raise ConfigError("TUNE", "model.add_tokens needs their rows trained, and tune.train leaves them frozen",
+                          remedy=f"add embeddings{'' if is_tied(model) else ' and head'} to tune.train")  # fmt: skip
     return Tuned(model)
 
 
@@ -63,7 +70,7 @@ def _unfreeze(model: Any, part: str, tune: Freeze, family: Parts) -> None:
         p.requires_grad_(True)
 
 
-def _lora(model: Any, tune: Lora, family: Parts) -> Tuned:
+def _lora(model: Any, tune: Lora, family: Parts, new_ids: Sequence[int]) -> Tuned:
     from peft import LoraConfig, get_peft_model
 
     pattern = tune.pattern or family.lora_pattern(tune.parts)
@@ -82,6 +89,7 @@ def _lora(model: Any, tune: Lora, family: Parts) -> Tuned:
         use_rslora=tune.rslora,
         use_dora=tune.dora,
         target_modules=pattern,
+        trainable_token_indices=_token_rows(model, new_ids),
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -89,6 +97,13 @@ def _lora(model: Any, tune: Lora, family: Parts) -> Tuned:
     with peft_is_quiet():
         peft = get_peft_model(model, config, autocast_adapter_dtype=True)
     return Tuned(model, peft)
+
+
+def _token_rows(model: Any, new_ids: Sequence[int]) -> dict[str, list[int]] | None:
+    """PEFT trains single rows of the embedding; a tied head follows by itself, an untied one is named too."""
+    if not new_ids:
+        return None
+    return {"embed_tokens": list(new_ids), **({} if is_tied(model) else {"lm_head": list(new_ids)})}
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lensmith.core.errors import ConfigError
+from lensmith.data.tokenizer import TextTokenizer
 from lensmith.engine.determinism import seed_all
 from lensmith.engine.optimizer import MasterAdamW
 from lensmith.model import precision, tune
@@ -69,7 +70,8 @@ def build(prepared: Prepared) -> Built:
     plan = precision.plan(run.precision, device, base_dtype(prepared.model_folder))
     seed_all(run.train.seed)
     model = load_model(prepared.model_folder, plan.frozen, device)
-    tuned = tune.apply(model, run.tune, prepared.family)
+    new_ids = _grow(model, prepared)
+    tuned = tune.apply(model, run.tune, prepared.family, new_ids)
     tune.dtype_of_trainable(tuned, torch.float32 if isinstance(run.tune, Lora) else plan.trainable)
     model.train()
     if run.train.recompute:
@@ -90,6 +92,22 @@ def build(prepared: Prepared) -> Built:
     return Built(
         root, tuned, optimizer, plan, tune.what_trains(model, prepared.family, run.optimizer.rate), trainable, total
     )
+
+
+def _grow(model: Any, prepared: Prepared) -> list[int]:
+    """Give `model.add_tokens` rows in the embedding (and an untied head), each begun as the mean row; their ids."""
+    tokens = prepared.located.run.model.add_tokens
+    if not tokens:
+        return []
+    tokenizer = TextTokenizer(prepared.train.spec.tokenizer_json)
+    ids = [tokenizer.control(token) for token in tokens]
+    known = min(ids)
+    if tokenizer.num_ids > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(tokenizer.num_ids, mean_resizing=False)
+    with torch.no_grad():
+        for table in {id(m.weight): m for m in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
+            table.weight[ids] = table.weight[:known].float().mean(0).to(table.weight.dtype)
+    return ids
 
 
 def _cache(prepared: Prepared, model: torch.nn.Module) -> VisionCache | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pyarrow.compute as pc
 
+from lensmith.core.errors import DataError
 from lensmith.recipe.prepare import Prepared, prepare
 from lensmith.recipe.run import Located
 from lensmith.report.tables import Table
@@ -21,17 +21,30 @@ def check(located: Located, terminal: Terminal) -> Prepared:
     train = prepared.train
     tokens, supervised, media = (train.column(n) for n in ("tokens", "supervised", "media_tokens"))
     rows = [
-        (source, *(f"{int(v):,}" for v in (mask.sum(), tokens[mask].sum(), supervised[mask].sum(), media[mask].sum(), tokens[mask].max())))
+        (
+            source,
+            *(
+                f"{int(v):,}"
+                for v in (mask.sum(), *(n[mask].sum() for n in (tokens, supervised, media)), tokens[mask].max())
+            ),
+        )
         for source, mask in _by_source(prepared)
     ]
-    terminal.show("data", Table("Data that trains", ("Source", "Samples", "Tokens", "Trained tokens", "Image tokens", "Longest"), rows,
-                                right=("Samples", "Tokens", "Trained tokens", "Image tokens", "Longest")))  # fmt: skip
-    dropped = prepared.read.table.filter(pc.equal(prepared.read.table["verdict"], "drop"))
+    numbers = ("Samples", "Tokens", "Trained tokens", "Image tokens", "Longest")
+    terminal.show("data", Table("Data that trains", ("Source", *numbers), rows, right=frozenset(numbers)))
+    dropped = prepared.read.dropped
     if dropped.num_rows:
         lines = [(r["origin"], r["reason"], r["detail"] or "") for r in dropped.slice(0, SHOWN_DROPS).to_pylist()]
         more = f" (first {SHOWN_DROPS} of {dropped.num_rows:,})" if dropped.num_rows > SHOWN_DROPS else ""
         terminal.show("dropped", Table(f"Dropped{more}", ("Origin", "Reason", "Detail"), lines))
+    noted = [(note, f"{count:,}", first) for note, (count, first) in prepared.read.notes().items()]
+    if noted:
+        title = "Accepted with a note (docs/data.md)"
+        terminal.show("notes", Table(title, ("Note", "Samples", "First"), noted, right=frozenset(["Samples"])))
     steps = prepared.plan.num_steps()
+    if not steps:
+        raise DataError("NO_STEPS", f"{len(train.trainable)} samples do not fill one step, and batch.partial is drop",
+                        remedy="lower batch.samples, or set batch.partial: carry")  # fmt: skip
     first = next(prepared.plan.steps())
     packed = _rows_of_first_steps(prepared)
     terminal.event(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lensmith.checkpoint.export import write_model
+from lensmith.checkpoint.export import carry, write_model
 from lensmith.checkpoint.store import Damaged, Store, sync_folder, verify
 from lensmith.core.errors import ConfigError, ModelError
+from lensmith.data.tokenizer import TextTokenizer
 from lensmith.model.load import base_dtype, load_model
 from lensmith.model.options import Model
 from lensmith.model.source import resolve
@@ -71,8 +73,12 @@ def _write(folder: Path, staging: Path, *, adapter: bool, base: str | None, dtyp
     base_folder = resolve(Model(path=base or said), Path.cwd())
     target = dtype or base_dtype(base_folder)
     # float32 while merging: adding a small update to bfloat16 weights rounds twice
-    model = load_model(base_folder, torch.float32, cpu)
+    model: Any = load_model(base_folder, torch.float32, cpu)
+    num_ids = TextTokenizer.from_folder(folder if (folder / "tokenizer.json").is_file() else base_folder).num_ids
+    if num_ids > model.get_input_embeddings().weight.shape[0]:  # the run added tokens
+        model.resize_token_embeddings(num_ids, mean_resizing=False)
     with peft_is_quiet():
         peft = PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
     merged = peft.merge_and_unload()  # type: ignore[operator]
     write_model(staging, merged, base_folder, target, shard_gb=shard_gb)
+    carry(staging, folder, None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import platform
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,49 +26,45 @@ from lensmith.report.metrics import read_metrics
 
 
 class Lock:
-    """One run at a time in a folder. A lock whose process is gone is taken over."""
+    """One run at a time in a folder: a lock of the kernel's on a file that names its owner. It ends with the process
+    however that ends, and a process id that was given out again does not matter."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._held = False
+        self._fd: int | None = None
 
     def acquire(self) -> None:
         """Raises `RunError` LOCKED naming the owner's process id."""
-        for _ in range(2):
+        while True:
+            fd = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o644)
             try:
-                fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            except FileExistsError:
-                owner = self._owner()
-                if owner is not None and owner != os.getpid() and _alive(owner):
-                    raise RunError("LOCKED", f"process {owner} is running in this folder", where=str(self.path.parent),
-                                   remedy="wait for it, stop it, or name another output folder") from None  # fmt: skip
-                self.path.unlink(missing_ok=True)
-                continue
-            with os.fdopen(fd, "w") as f:
-                f.write(str(os.getpid()))
-            self._held = True
-            return
-        raise RunError("LOCKED", "another run took this folder just now", where=str(self.path.parent))
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                owner = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+                os.close(fd)
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise RunError("LOCKED", f"this file system has no locks ({error.strerror})", where=str(self.path),
+                                   remedy="name an output folder on another file system") from None  # fmt: skip
+                raise RunError("LOCKED", f"process {owner} is running in this folder", where=str(self.path.parent),
+                               remedy="wait for it, stop it, or name another output folder") from None  # fmt: skip
+            if self._is_current(fd):
+                break
+            os.close(fd)  # its owner removed it just now
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        self._fd = fd
 
-    def _owner(self) -> int | None:
+    def _is_current(self, fd: int) -> bool:
         try:
-            return int(self.path.read_text())
-        except (OSError, ValueError):
-            return None
+            return os.path.samestat(os.fstat(fd), os.stat(self.path))
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
-        if self._held:
+        if self._fd is not None:
             self.path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+            os.close(self._fd)
+            self._fd = None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -103,9 +101,15 @@ def ledger(prepared: Prepared, dropped_at_load: list[tuple[int, str, str]]) -> p
     return table
 
 
-def losses(metrics: Path) -> list[float]:
-    """Loss of every step so far, for a resumed run."""
-    return [r["loss"] for r in read_metrics(metrics) if r.get("kind") == "step"] if metrics.is_file() else []
+def losses(metrics: Path) -> list[float | None]:
+    """Loss of every step so far, for a resumed run; None where it was not finite or nothing was trained."""
+    return [r["loss"] for r in read_metrics(metrics) if r.get("kind") == "step"]
+
+
+def dropped(metrics: Path, origins: Sequence[str]) -> dict[int, tuple[str, str]]:
+    """Samples dropped at load so far, by number, for a resumed run."""
+    found = {r["origin"]: (r["reason"], r["detail"]) for r in read_metrics(metrics) if r.get("name") == "dropped"}
+    return {n: found[origin] for n, origin in enumerate(origins if found else ()) if origin in found}
 
 
 def best_step(store: Store, metric: str | None, score: Callable[[dict[str, float], str], float | None]) -> set[int]:
@@ -127,7 +131,7 @@ def summary(
     prepared: Prepared,
     built: Built,
     p: Progress,
-    loss_list: list[float],
+    loss_list: list[float | None],
     metrics: Path,
     heldout: dict[str, Any],
     dropped: dict[int, tuple[str, str]],
@@ -145,6 +149,8 @@ def summary(
     assert samples["read"] == samples["train"] + samples["dropped"] + samples["held_out"]
     return {
         "schema": 1,
+        "name": prepared.located.name,
+        "outcome": "finished",
         "samples": samples,
         "steps": p.step,
         "applied_steps": p.applied,

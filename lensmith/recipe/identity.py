@@ -1,42 +1,79 @@
-"""What a run is: a resume that would change it is refused and the field is named."""
+"""What a run is: a resume that would change it is refused and the field is named.
+
+What may change: the length (`train.epochs`, `train.max_steps`), where and how fast it runs (device, threads, workers,
+packing, recomputation, compile, vision cache), and what is watched (log, evaluation, saving, early stop).
+
+Another length changes no step that is done: the order of the samples does not depend on it, and the run goes on in it
+where it was. The steps from there on follow the schedule of the new length, so a cosine that had come down to nothing
+rises again; the run says so.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lensmith.core.errors import RunError
+from lensmith.model import precision
+from lensmith.model.load import base_dtype
+from lensmith.recipe.build import device_of
 from lensmith.recipe.prepare import Prepared
 
 REMEDY = {
     "data": "the training data changed since the checkpoint: restore it, or start in a new output folder",
+    "base_weights": "the base model changed since the checkpoint: restore it, or start in a new output folder",
 }
+SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:
-    """Fields that must not change between a checkpoint and its resume. World size, workers, paths and logging may."""
+    """Fields that must not change between a checkpoint and its resume."""
     run = prepared.located.run
     digests = np.ascontiguousarray(prepared.train.column("digest"))
     config = prepared.model_folder / "config.json"
+    resolved = precision.plan(run.precision, device_of(run), base_dtype(prepared.model_folder))
     return {
-        "data": hashlib.blake2b(digests.tobytes(), digest_size=12).hexdigest(),
+        "data": _hash(digests.tobytes()),
         "num_samples": len(digests),
-        "seed": run.train.seed,
+        "source weights": [f.weight for f in prepared.train.spec.files],
+        "train.seed": run.train.seed,
+        "train.clip_norm": run.train.clip_norm,
         "batch.samples": run.samples_per_step,
         "batch.tokens": run.batch.tokens,
         "batch.partial": run.batch.partial,
         "tune": run.tune.model_dump(mode="json"),
-        "precision": run.precision.preset,
+        "precision.preset": resolved.preset,
+        "objective": run.objective.model_dump(mode="json"),
         "optimizer": run.optimizer.model_dump(mode="json"),
         "schedule": run.schedule.model_dump(mode="json"),
-        "epochs": run.train.epochs,
-        "base_config": hashlib.blake2b(config.read_bytes(), digest_size=12).hexdigest(),
-        "tokenizer": hashlib.blake2b(prepared.train.spec.tokenizer_json.encode(), digest_size=12).hexdigest(),
+        "base_config": _hash(config.read_bytes()),
+        "base_weights": sampled_weights(prepared.model_folder),
+        "tokenizer": _hash(prepared.train.spec.tokenizer_json.encode()),
         "pixels": repr(prepared.family.pixels),
-        "max_tokens": run.data.max_tokens,
+        "data.max_tokens": run.data.max_tokens,
+        "data.too_long": run.data.too_long,
     }
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=12).hexdigest()
+
+
+def sampled_weights(folder: Path) -> str:
+    """Names, sizes, headers and some blocks of the weight files: another training of the same model differs in all of
+    them, and a whole hash would read 15 GB before each start."""
+    h = hashlib.blake2b(digest_size=12)
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        h.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for k in range(SAMPLED_BLOCKS):
+                file.seek(k * max(0, size - BLOCK_BYTES) // (SAMPLED_BLOCKS - 1))
+                h.update(file.read(BLOCK_BYTES))
+    return h.hexdigest()
 
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:

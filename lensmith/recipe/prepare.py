@@ -14,7 +14,7 @@ from lensmith.data.options import Data, Source, data_root
 from lensmith.data.placement import Limits
 from lensmith.data.plan import Plan
 from lensmith.data.readers import expand
-from lensmith.data.tokenizer import TextTokenizer
+from lensmith.data.tokenizer import TextTokenizer, with_tokens
 from lensmith.family.registry import load_family
 from lensmith.model.source import resolve
 from lensmith.recipe.run import Located
@@ -60,7 +60,7 @@ def prepare(located: Located, terminal: Terminal) -> Prepared:
     family = load_family(
         folder, min_pixels=run.data.min_pixels, max_pixels=run.data.max_pixels, check=run.model.template == "check"
     )
-    tokenizer_json = tokenizer_text(folder)
+    tokenizer_json = with_tokens(tokenizer_text(folder), run.model.add_tokens)
     cache = cache_folder(run.data, located.folder)
     read = _index(located, run.data.train, family, tokenizer_json, cache, terminal, "training data")
     train, held = read, None
@@ -106,6 +106,7 @@ def _index(
         max_tokens=data.max_tokens,
         too_long=data.too_long,
         max_row_bytes=data.max_row_bytes,
+        text_tokens=located.run.model.add_tokens,
     )
     with terminal.progress(f"Indexing {what}", None) as bar:
 
@@ -130,7 +131,8 @@ def source_files(sources: tuple[Source, ...], folder: Path) -> tuple[SourceFile,
         names.add(name)
         for path in paths:
             base = data_root(path, source.media_dir, folder)
-            found.append(SourceFile(name, str(path), source.format, str(base), source.weight, source.max_samples))
+            shown = str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+            found.append(SourceFile(name, str(path), source.format, str(base), source.weight, source.max_samples, shown))
     return tuple(found)
 
 

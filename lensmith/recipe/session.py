@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,13 @@ import pyarrow.parquet as pq
 from lensmith.checkpoint.export import write_adapter, write_model
 from lensmith.checkpoint.state import read_state, write_state
 from lensmith.checkpoint.store import Published, Store, write_atomically
-from lensmith.core.errors import RunError
+from lensmith.core.errors import DataError, RunError
 from lensmith.data.pipeline import Pipeline
 from lensmith.engine.loop import Callbacks, Loop, Progress, score
 from lensmith.engine.step import StepResult
-from lensmith.model.vision_cache import VisionCache
+from lensmith.model.vision_cache import VisionCache, feature_key
 from lensmith.recipe import folder as run_folder
-from lensmith.recipe.build import Built, build, data_workers, set_threads
+from lensmith.recipe.build import build, data_workers, set_threads
 from lensmith.recipe.held_out import HeldOut
 from lensmith.recipe.identity import check_identity, identity
 from lensmith.recipe.prepare import Prepared, prepare
@@ -31,14 +33,19 @@ from lensmith.report.sinks import Sinks, make_sinks
 from lensmith.report.tables import what_trains
 from lensmith.report.terminal import Terminal
 
-
 WARM_PATCHES = 8192
 """Patches encoded at once before training."""
 
 
 def warm_pays(prepared: Prepared, mode: str, cache: VisionCache) -> bool:
-    """The plan uses every picture, and the features of all of them fit in memory."""
+    """The plan uses every picture, and the features of all of them, held-out ones too, fit in memory.
+
+    Pictures that are encoded together round otherwise than alone. So nothing that was warmed may ever be evicted and
+    encoded anew, and with a disk tier, which may hold a part of them, each is encoded alone at first sight.
+    """
     plan, index = prepared.plan, prepared.train
+    if cache.folder is not None:
+        return False
     samples = plan.num_steps() * (plan.samples or 1)
     config = run_folder.read_json(prepared.model_folder / "config.json")
     text, vision = {**config, **config.get("text_config", {})}, config["vision_config"]
@@ -46,7 +53,8 @@ def warm_pays(prepared: Prepared, mode: str, cache: VisionCache) -> bool:
     width = text["hidden_size"] * levels
     if mode == "projector":
         width += prepared.family.pixels.merge**2 * vision.get("embed_dim", vision["hidden_size"])
-    return samples >= len(index.trainable) and int(index.column("media_tokens").sum()) * width * 4 <= cache.memory_bytes
+    tokens = sum(int(i.column("media_tokens").sum()) for i in (index, prepared.held) if i is not None)
+    return samples >= len(index.trainable) and tokens * width * 4 <= cache.memory_bytes
 
 
 class Session:
@@ -64,9 +72,11 @@ class Session:
         self.output.mkdir(parents=True, exist_ok=True)
         self._lock = run_folder.Lock(self.output / "lock")
         self._lock.acquire()
+        self._logging = False
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._close_sinks()
         self._lock.release()
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
@@ -78,11 +88,16 @@ class Session:
         self.clock.lap("index")
         self.store.clean()
         resume = self.store.newest(self.terminal.warning)
+        self.identity = identity(self.prepared)
         if resume is not None:
-            check_identity(resume.manifest.get("identity", {}), identity(self.prepared), str(resume.folder))
+            check_identity(resume.manifest.get("identity", {}), self.identity, str(resume.folder))
         self.built = build(self.prepared)
         progress = read_state(resume.folder / "state", self.built.optimizer) if resume else Progress()
-        self._open_folder(progress)
+        self.total = self.prepared.plan.num_steps(progress.step, progress.cursor)
+        if not self.total:
+            raise DataError("NO_STEPS", f"{len(self.prepared.train.trainable)} samples make no step: batch.partial is drop and a step is larger",
+                            remedy="make the step smaller, or set batch.partial: carry")  # fmt: skip
+        self._open_folder(progress, fresh=resume is None)
         self._say_start(resume, threads)
         self.held = HeldOut(self.prepared, self.built, self.output, self.terminal) if self.prepared.held else None
         self.clock.lap("startup")
@@ -92,21 +107,32 @@ class Session:
 
     # -- the run folder -----------------------------------------------------------------------------------------
 
-    def _open_folder(self, progress: Progress) -> None:
+    def _open_folder(self, progress: Progress, *, fresh: bool) -> None:
         out = self.output
         self.metrics = MetricsWriter(out / "metrics.jsonl")
-        self.metrics.truncate_after(progress.step)
+        self.metrics.truncate_after(-1 if fresh else progress.step)
+        if fresh:  # an attempt that ended before its first checkpoint left these
+            for name in ("heldout.json", "samples.json"):
+                (out / name).unlink(missing_ok=True)
+        self.losses = run_folder.losses(self.metrics.path)
+        self.dropped = run_folder.dropped(self.metrics.path, self.prepared.train.column("origin").tolist())
         self.sinks = Sinks(self.metrics, make_sinks(list(self.run_file.log.sinks), out, progress.step + 1), self.terminal.warning)
+        self._logging = True
         self.sinks.open(self.located.name, self.run_file.model_dump(mode="json"))
         write_atomically(out / "run.yaml", self.located.resolved_yaml().encode())
         totals = {"trainable": self.built.trainable_parameters, "parameters": self.built.total_parameters}
         rows = self.built.trains
         write_atomically(out / "trains.json", json.dumps({"rows": rows, "totals": totals}, indent=1).encode())
         write_atomically(out / "versions.json", json.dumps(run_folder.versions(self.prepared), indent=1).encode())
-        self._write_ledger([])
+        self._write_ledger()
 
-    def _write_ledger(self, dropped_at_load: list[tuple[int, str, str]]) -> None:
-        table = run_folder.ledger(self.prepared, dropped_at_load)
+    def _close_sinks(self) -> None:
+        if self._logging:
+            self._logging = False
+            self.sinks.close()
+
+    def _write_ledger(self) -> None:
+        table = run_folder.ledger(self.prepared, [(n, r, d) for n, (r, d) in self.dropped.items()])
         temporary = self.output / ".ledger.tmp"
         pq.write_table(table, temporary)
         temporary.replace(self.output / "ledger.parquet")
@@ -114,7 +140,10 @@ class Session:
     def _say_start(self, resume: Published | None, threads: int) -> None:
         totals = {"trainable": self.built.trainable_parameters, "parameters": self.built.total_parameters}
         self.terminal.show("what_trains", what_trains(self.built.trains, totals))
-        steps = self.prepared.plan.num_steps()
+        steps = self.total
+        planned = resume.manifest.get("total_steps", steps) if resume else steps
+        if planned != steps:
+            self.terminal.warning(f"the run now has {steps} steps, not {planned}: from here on rates follow the schedule of the new length")
         self.terminal.event(
             "start",
             f"{steps} steps, {self.built.trainable_parameters:,} of {self.built.total_parameters:,} parameters train "
@@ -128,9 +157,6 @@ class Session:
     def _train(self, progress: Progress) -> None:
         self.heldout: dict[str, Any] = run_folder.read_json(self.output / "heldout.json")
         run, root = self.run_file, self.built.root
-        self.total = self.prepared.plan.num_steps()
-        self.dropped: dict[int, tuple[str, str]] = {}
-        self.losses = run_folder.losses(self.output / "metrics.jsonl")
         self.fill: list[float] = []
         cache = root.cache
         self.pipeline = Pipeline(
@@ -148,10 +174,13 @@ class Session:
         )  # fmt: skip
         remaining = self.total - progress.step
         with self.terminal.progress("Training", remaining) as self.bar:
-            steps = self.pipeline.steps(progress.step, progress.cursor if run.batch.tokens else None)
+            steps = self.pipeline.steps(progress.step, progress.cursor)
             if self.dry_run:
                 steps = (s for s in [next(steps)])
+            before = progress.step
             loop.run(steps)
+            if progress.step != before:  # figures of an earlier end are void: the run was made longer, or fell back
+                self.heldout.pop("after", None)
         self.clock.lap("train")
 
     def _warm(self) -> None:
@@ -167,26 +196,32 @@ class Session:
 
     def _refresh(self, row: Any) -> Any:
         """A row all of whose pictures have pixels or features."""
-        root = self.built.root
-        if root.missing(row):
+        cache = self.built.root.cache
+        if cache is None:
+            return row
+        have = set(row.pixel_image.tolist())
+        keys = [feature_key(k, tuple(g)) for i, (k, g) in enumerate(zip(row.image_keys, row.image_grids_I3.tolist(), strict=True)) if i not in have]
+        if not cache.hold(keys):
             row = self.pipeline.reread(row.members)
-        if root.cache is not None:
-            root.cache.learn(row.meta["handles"])
+        cache.learn(row.meta["handles"])
+        if cache.trouble is not None:
+            self.terminal.warning(cache.trouble)
+            cache.trouble = None
         return row
 
     def _log(self, p: Progress, data: Any, result: StepResult, seconds: float) -> None:
-        if not result.applied:
-            origins = [self.prepared.train.column("origin")[m] for m in data.step.members[:8].tolist()]
+        if not result.applied and not result.empty:
+            origins = [str(self.prepared.train.column("origin")[m]) for m in data.step.members[:8].tolist()]
             self.terminal.warning(f"step {p.step}: loss {result.loss}, gradient norm {result.grad_norm}; not applied. Samples: {', '.join(origins)} ...")
         for number, reason, detail in data.dropped:
             origin = self.prepared.train.column("origin")[number]
             if number not in self.dropped:
                 self.terminal.warning(f"{origin} is dropped at load: {reason} {detail}")
-                self.sinks.write({"kind": "event", "name": "dropped", "step": p.step, "origin": origin, "reason": reason})
+                self.sinks.write({"kind": "event", "name": "dropped", "step": p.step, "origin": origin, "reason": reason, "detail": detail})
             self.dropped[number] = (reason, detail)
         rows = max(1, len(data.rows))
         self.fill.append(data.num_tokens / (rows * self.prepared.limits.device_tokens))
-        self.losses.append(result.loss)
+        self.losses.append(result.loss if math.isfinite(result.loss) else None)
         record = {
             "kind": "step", "step": p.step, "epoch": round(p.epoch, 6), "loss": result.loss, "lr": result.rates,
             "grad_norm": result.grad_norm, "grad_norm_parts": result.grad_norm_parts, "applied": result.applied,
@@ -197,6 +232,19 @@ class Session:
         }  # fmt: skip
         self.sinks.write(record)
         self.bar.advance(1, f"loss {result.loss:.4f}")
+        self._check_dropped()
+
+    def _check_dropped(self) -> None:
+        """`data.max_dropped` holds for what is dropped at load too."""
+        counts, data = self.prepared.read.counts(), self.run_file.data
+        gone = counts["dropped"] + len(self.dropped)
+        if self.dropped and gone > data.max_dropped * counts["read"]:
+            self._write_ledger()
+            reasons = Counter(f"LOAD_{reason}" for reason, _ in self.dropped.values())
+            said = ", ".join(f"{n} {r}" for r, n in reasons.most_common())
+            raise DataError("TOO_MANY_DROPPED", f"{gone} of {counts['read']} rows are dropped, {said} while training; more than "
+                            f"data.max_dropped = {data.max_dropped}", where=str(self.output / "ledger.parquet"),
+                            remedy="restore these pictures and run again, or raise data.max_dropped")  # fmt: skip
 
     def _event(self, name: str, fields: dict[str, Any]) -> None:
         self.sinks.write({"kind": "event", "name": name, **fields})
@@ -224,7 +272,8 @@ class Session:
 
     def _save(self, p: Progress, metrics: dict[str, float] | None) -> None:
         self.clock.lap("train")
-        about = {"identity": identity(self.prepared), "metrics": metrics or {}, "tune": self.run_file.tune.kind}
+        finite = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
+        about = {"identity": self.identity, "metrics": finite, "tune": self.run_file.tune.kind, "total_steps": self.total}
         published = self.store.publish(p.step, lambda folder: self._write(folder, p), about)
         keep = run_folder.best_step(self.store, self.run_file.save.keep_best, score)
         self.store.purge(self.run_file.save.keep_last, keep)
@@ -236,10 +285,14 @@ class Session:
         base, family = self.prepared.model_folder, self.prepared.family
         pixels = {"min_pixels": family.pixels.min_pixels, "max_pixels": family.pixels.max_pixels}
         if self.built.tuned.peft is not None:
-            write_adapter(folder / "model", self.built.tuned.peft, base, str(base), self.built.precision.adapter_saved)
+            write_adapter(
+                folder / "model", self.built.tuned.peft, base, str(base), self.built.precision.adapter_saved, pixels=pixels
+            )
         else:
             write_model(folder / "model", self.built.tuned.model, base, self.built.precision.saved,
                         shard_gb=self.run_file.save.shard_gb, pixels=pixels)  # fmt: skip
+        if self.run_file.model.add_tokens:
+            (folder / "model" / "tokenizer.json").write_text(self.prepared.train.spec.tokenizer_json, encoding="utf-8")
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -247,8 +300,8 @@ class Session:
         if self.held is not None and not self.dry_run and "after" not in self.heldout:
             self._record_eval(p, self.held.measure("after"))
         self.clock.lap("evaluate")
-        self._write_ledger([(n, r, d) for n, (r, d) in self.dropped.items()])
-        self.sinks.close()
+        self._write_ledger()
+        self._close_sinks()
         newest = self.store.steps()
         if not newest:
             raise RunError("SAVE", "the run ended without a checkpoint", where=str(self.output))

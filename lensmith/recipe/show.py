@@ -16,7 +16,7 @@ from lensmith.report.terminal import Terminal
 
 
 def show(located: Located, number: int, terminal: Terminal) -> None:
-    """Print sample `number` (over the rows read) or why it is dropped. Raises `ConfigError` for a number out of range."""
+    """Print sample `number` (over the rows read) or why it is dropped. Raises ConfigError SAMPLE."""
     quiet = Terminal("quiet")
     prepared = prepare(located, quiet)
     total = prepared.read.table.num_rows
@@ -28,7 +28,13 @@ def show(located: Located, number: int, terminal: Terminal) -> None:
     try:
         encoded = loader.encode(file, loader.sample(file, ref))
     except Drop as drop:
-        terminal.event("dropped", f"{origin} is dropped: {drop.reason} {drop.detail}", origin=origin, reason=drop.reason, detail=drop.detail)
+        terminal.event(
+            "dropped",
+            f"{origin} is dropped: {drop.reason} {drop.detail}",
+            origin=origin,
+            reason=drop.reason,
+            detail=drop.detail,
+        )
         return
     if terminal.mode == "json":
         terminal.event("sample", **_record(origin, encoded, loader))
@@ -43,7 +49,16 @@ def _record(origin: str, encoded: Encoded, loader: Loader) -> dict[str, Any]:
         "tokens": [loader.tokenizer.decode([i]) for i in encoded.ids_L.tolist()],
         "trained": encoded.trained_L.tolist(),
         "segments": [[s.start, s.length, s.prefix_start, s.prefix_length] for s in encoded.segments],
-        "images": [{"path": b.image.path, "width": b.width, "height": b.height, "grid": list(b.grid_thw), "tokens": b.num_tokens} for b in encoded.images],
+        "images": [
+            {
+                "path": b.image.path,
+                "width": b.width,
+                "height": b.height,
+                "grid": list(b.grid_thw),
+                "tokens": b.num_tokens,
+            }
+            for b in encoded.images
+        ],
     }
 
 
@@ -60,17 +75,24 @@ def _draw(prepared: Prepared, file: int, origin: str, encoded: Encoded, loader: 
         if encoded.kind_L[at] == IMAGE:
             block = next(blocks)
             _, rows, columns = block.grid_thw
-            text.append(f"[{block.num_tokens} image tokens: {block.width}x{block.height} px, {columns}x{rows} patches]", style="cyan")
+            text.append(
+                f"[{block.num_tokens} image tokens: {block.width}x{block.height} px, {columns}x{rows} patches]",
+                style="cyan",
+            )
             at += block.num_tokens
             continue
         end = _same(encoded, at, starts)
-        piece = terminal_safe(loader.tokenizer.decode(encoded.ids_L[at:end].tolist())).replace("\\n", "⏎\n")
+        lines = loader.tokenizer.decode(encoded.ids_L[at:end].tolist()).split("\n")
+        piece = "⏎\n".join(terminal_safe(line) for line in lines)
         text.append(piece, style="bold green" if encoded.trained_L[at] else "")
         at = end
     image_tokens = int((encoded.kind_L == IMAGE).sum())
     terminal.console.print(text)
-    terminal.event("sample", f"{origin}: {encoded.num_tokens} tokens, {encoded.num_supervised} trained (green), {image_tokens} of "
-                   f"{len(encoded.images)} images, {len(encoded.segments)} segments")  # fmt: skip
+    terminal.event(
+        "sample",
+        f"{origin}: {encoded.num_tokens} tokens, {encoded.num_supervised} trained (green), {image_tokens} of "
+        f"{len(encoded.images)} images, {len(encoded.segments)} segments",
+    )
     for block in encoded.images:
         if (grid := _patch_grid(prepared, loader, file, block, origin)) is not None:
             terminal.console.print(grid)

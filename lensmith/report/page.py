@@ -18,6 +18,7 @@ from lensmith.report.escape import cell_safe, html_safe
 from lensmith.report.run_folder import DROPPED_COLUMNS, Ledger, RunFolder, picture, read_run_folder
 
 MAX_DROPPED, MAX_SAMPLES, MAX_EVENTS = 50, 60, 50
+_APART = ("schema", "name", "outcome", "heldout", "losses")  # shown in their own places, or not for reading
 _TONES = {"finished": "good", "stopped": "fair", "failed": "bad"}
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
@@ -48,7 +49,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _content(run: RunFolder) -> dict[str, Any]:
-    summary = {name: value for name, value in run.summary.items() if name not in ("name", "outcome", "heldout")}
+    summary = {name: value for name, value in run.summary.items() if name not in _APART}
     heldout = run.summary.get("heldout") or {}
     outcome = str(run.summary.get("outcome", "unknown"))
     dropped = list(run.ledger.dropped_rows(MAX_DROPPED))

@@ -7,6 +7,7 @@ notebook changes nothing there. Lines are inked in one colour that the page's SV
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ Records = Sequence[Mapping[str, Any]]
 INK = "#1f2328"
 COLORS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#14b8a6", "#eab308", "#ec4899")
 SIZE_INCHES = (6.4, 3.5)
-MAX_POINTS = 600  # per curve; more cannot be told apart and make the page heavy
+MAX_POINTS = 400  # per curve; more cannot be told apart and make the page heavy
 
 
 def figures(records: Records) -> dict[str, Figure]:
@@ -53,15 +54,14 @@ def inline_svg(figure: Figure, prefix: str) -> str:
     return svg.replace(INK, "currentColor")
 
 
-def smooth(values: np.ndarray, span: int) -> np.ndarray:
-    """Exponential moving average over about `span` values, unbiased at the start; NaN values do not enter it."""
-    keep, mean, weight = 1 - 2 / (span + 1), 0.0, 0.0
-    smoothed = np.empty(len(values))
-    for position, value in enumerate(values):
-        if np.isfinite(value):
-            mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        smoothed[position] = mean / weight if weight else np.nan
-    return smoothed
+def smooth(values: np.ndarray, width: float) -> np.ndarray:
+    """Weighted mean of each value's neighbours on both sides (Gaussian, sigma `width` steps); NaN has no weight."""
+    reach = math.ceil(3 * width)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    known = np.isfinite(values)
+    total = np.convolve(np.where(known, values, 0.0), kernel)[reach : reach + len(values)]
+    weight = np.convolve(known.astype(float), kernel)[reach : reach + len(values)]
+    return np.where(weight > 0, total / np.maximum(weight, 1e-300), np.nan)
 
 
 def _loss(steps: Records, evals: Records) -> Figure | None:
@@ -86,7 +86,7 @@ def _learning_rate(steps: Records) -> Figure | None:
         x, y = _series(steps, "lr", part)
         kept = _thin(y)
         axes.plot(x[kept], y[kept], color=color, linewidth=1.6, label=_label(part))
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axes.yaxis.set_major_formatter(lambda value, _: _scientific(value))
     axes.set_ylim(bottom=0)
     return _finish(figure, axes)
 
@@ -132,7 +132,7 @@ def _new(title: str, unit: str) -> tuple[Figure, Axes]:
     axes.spines[["left", "bottom"]].set(color=INK, alpha=0.4)
     axes.grid(color=INK, alpha=0.12, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
     return figure, axes
 
 
@@ -148,8 +148,8 @@ def _finish(figure: Figure, axes: Axes) -> Figure:
 def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, color: str, label: str) -> None:
     """The smoothed line over faint points. Every spike keeps its point, however long the run."""
     kept = _thin(y)
-    axes.plot(x[kept], y[kept], ".", color=color, alpha=0.28, markersize=3.5, markeredgewidth=0)
-    line = smooth(y, span=max(5, len(y) // 25))
+    axes.plot(x[kept], y[kept], "o", color=color, alpha=0.3, markersize=2.4, markeredgewidth=0)
+    line = smooth(y, width=min(200, max(1, len(y) / 80)))
     kept = _thin(line)
     axes.plot(x[kept], line[kept], color=color, linewidth=1.8, label=label)
 
@@ -183,6 +183,11 @@ def _series(records: Records, name: str, part: str | None = None) -> tuple[np.nd
 
 def _parts(steps: Records, name: str) -> list[str]:
     return list(dict.fromkeys(part for record in steps for part in record.get(name) or {}))
+
+
+def _scientific(value: float) -> str:
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
 
 
 def _cycle(count: int) -> list[str]:

@@ -51,7 +51,7 @@ def number(value: Any) -> str:
 
 
 def figure(name: str, value: Any) -> str:
-    """A value with the unit its name ends in: `_seconds`, `_bytes`, `_per_second`; a rate as per cent."""
+    """A value with the unit its name ends in: `_seconds`, `_bytes`, `_per_second`; a rate as per cent; losses alike."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return number(value)
     if name.endswith("_per_second"):
@@ -62,7 +62,7 @@ def figure(name: str, value: Any) -> str:
         return size(value)
     if name.split("/")[0] in _RATES:
         return percent(value)
-    return number(value)
+    return f"{value:.4f}" if name == "loss" else number(value)
 
 
 def percent(value: float) -> str:
@@ -120,9 +120,13 @@ def _ledger_row(count: SourceCount) -> tuple[str, ...]:
 
 
 def key_figures(summary: Mapping[str, Any]) -> Table:
-    """The plain values of a summary, nested ones under dotted names."""
-    rows = [(name, figure(name, value)) for name, value in flat(summary).items()]
+    """The plain values of a summary, nested ones under dotted names; a unit moves from the name to the value."""
+    rows = [(_label(name), figure(name, value)) for name, value in flat(summary).items()]
     return Table("Key figures", ("Figure", "Value"), rows, frozenset({"Value"}))
+
+
+def _label(name: str) -> str:
+    return name.removesuffix("_seconds").removesuffix("_bytes").replace("_", " ")
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -169,7 +173,7 @@ def evaluations(records: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         (
             number(record["step"]),
-            number(record.get("loss")),
+            figure("loss", record.get("loss")),
             *(figure(name, (record.get("metrics") or {}).get(name)) for name in names),
         )
         for record in evals

@@ -12,6 +12,7 @@ from lensmith.data.formats.alpaca import Alpaca
 from lensmith.data.formats.document import DocumentFormat
 from lensmith.data.formats.messages import Messages
 from lensmith.data.formats.sharegpt import ShareGPT
+from lensmith.data.strict_json import key_list
 
 __all__ = ["Alpaca", "DocumentFormat", "Format", "Messages", "ShareGPT", "detect"]
 
@@ -49,5 +50,5 @@ def detect(row: Mapping[str, Any], origin: str) -> Messages | ShareGPT | Alpaca 
         return Alpaca(images_column=images)
     if keys & {"text", "parts"}:
         return DocumentFormat(images_column=images)
-    raise DataError("UNKNOWN_FORMAT", f"no known layout has the keys {', '.join(map(str, row)) or '(none)'}",
+    raise DataError("UNKNOWN_FORMAT", f"no known layout has the keys {key_list(row)}",
                     where=origin, remedy=f"name the format and its columns; known: {_KNOWN}")  # fmt: skip

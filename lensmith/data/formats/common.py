@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lensmith.config.part import Part as Options
 from lensmith.core.errors import DataError, Drop
 from lensmith.core.sample import ROLES, Conversation, Image, Message, Part, Role, Sample, Text, ToolCall
-from lensmith.data.strict_json import parse_json
+from lensmith.data.strict_json import key_list, parse_json, printable
 
 MARK = "<image>"
 MAX_TEXT_BYTES = 1 << 20
@@ -30,14 +30,16 @@ class Place:
         return Place(self.origin, f"{self.path}[{index}]")
 
     def error(self, code: str, message: str, remedy: str = "") -> DataError:
-        return DataError(code, f"{self.path}: {message}" if self.path else message, where=self.origin, remedy=remedy)
+        text = f"{self.path}: {message}" if self.path else message
+        return DataError(code, printable(text), where=self.origin, remedy=remedy)
 
 
 class RowOptions(Options):
     """Options that every row format has."""
 
     images_column: str = "images"
-    """Key of the row's pictures: a list of paths, `data:` URLs, bytes or {bytes, path}, or one of these."""
+    """Key of the row's pictures: a list of paths, `data:` URLs, bytes or {bytes, path}, or one of these. `images` and
+    `image` stand for each other in rows that have only one of them."""
     id_column: str = "id"
     """Key of the row's id (text or a whole number). Rows without it have no id."""
 
@@ -67,7 +69,7 @@ def checked_text(value: object, place: Place, *, limit: int | None = MAX_TEXT_BY
 def required(row: Mapping[str, Any], key: str, place: Place) -> Any:
     """The value of `key`. Raises DataError SCHEMA if it is missing."""
     if key not in row:
-        raise place.key(key).error("SCHEMA", f"is missing (found: {', '.join(map(str, row)) or 'nothing'})")
+        raise place.key(key).error("SCHEMA", f"is missing (found: {key_list(row)})")
     return row[key]
 
 
@@ -121,11 +123,27 @@ def image_ref(value: object, place: Place) -> Image:
     return Image(path=value)
 
 
+_SYNONYMS = {"images": "image", "image": "images"}
+
+
+def _images_key(row: Mapping[str, Any], column: str, place: Place) -> str:
+    """A picture is never passed over because the first row, which tells the layout, had none."""
+    other = _SYNONYMS.get(column)
+    if other is None or row.get(other) is None:
+        return column
+    if row.get(column) is None:
+        return other
+    if row[other] not in (row[column], [row[column]]) and [row[other]] != row[column]:
+        raise place.key(other).error("SCHEMA", f"there are other pictures under {column!r}", "keep one of the two keys")
+    return column
+
+
 def row_images(row: Mapping[str, Any], column: str, place: Place) -> list[Image]:
-    """The row's pictures. Raises DataError MEDIA_KIND for rows with videos or sound."""
+    """The row's pictures. Raises DataError MEDIA_KIND for rows with videos or sound, SCHEMA."""
     for other in ("videos", "audios"):
         if row.get(other):
             raise place.key(other).error("MEDIA_KIND", "only images can be trained", "take these rows out")
+    column = _images_key(row, column, place)
     value, place = row.get(column), place.key(column)
     if value is None:
         return []

@@ -23,7 +23,9 @@ from lensmith.data.formats.common import (
 class DocumentFormat(RowOptions):
     """Rows of {text, images?} with `<image>` marks in the text, or of {parts: [{type: text | image, ...}], images?}.
 
-    All text is trained but parts with `train: false`. A document has no limit of its own below that of a row.
+    A list of texts is several documents on the same pictures (five captions of one photograph): each is trained by
+    itself, and the pictures they share are computed once. All text is trained but parts with `train: false`. A
+    document has no limit of its own below that of a row.
     """
 
     kind: Literal["document"] = "document"
@@ -35,6 +37,14 @@ class DocumentFormat(RowOptions):
     def parse(self, row: Mapping[str, Any], origin: str) -> Sample:
         """Raises DataError SCHEMA, IMAGE_COUNT, NO_TARGET, MEDIA_KIND; Drop EMPTY."""
         place = Place(origin)
+        texts = row.get(self.text_column)
+        if isinstance(texts, list) and texts:
+            several = [{**row, self.text_column: text} for text in texts]
+            documents = tuple(self._document(r, place.key(self.text_column).item(i)) for i, r in enumerate(several))
+            return Sample(origin, documents, id=row_id(row, self.id_column, place))
+        return Sample(origin, self._document(row, place), id=row_id(row, self.id_column, place))
+
+    def _document(self, row: Mapping[str, Any], place: Place) -> Document:
         queue = ImageQueue(row_images(row, self.images_column, place), self.images_column)
         parts = self._parts(row, queue, place)
         queue.settle(place)
@@ -43,7 +53,7 @@ class DocumentFormat(RowOptions):
             raise Drop("EMPTY", "the document has no text")
         if all(text.train is False for text in texts):
             raise place.key(self.parts_column).error("NO_TARGET", "no part of this document is trained")
-        return Sample(origin, Document(tuple(parts)), id=row_id(row, self.id_column, place))
+        return Document(tuple(parts))
 
     def _parts(self, row: Mapping[str, Any], queue: ImageQueue, place: Place) -> Sequence[Part]:
         if row.get(self.parts_column) is None:
