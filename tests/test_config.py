@@ -231,7 +231,6 @@ def test_unknown_key_of_a_source() -> None:
     [
         ("tune: qlora", "tune", "full, freeze, lora"),
         ("tune: {kind: qlora}", "tune", "full, freeze, lora"),
-        ("tune: {rank: 8}", "tune", "full, freeze, lora"),
         ("schedule: cos", "schedule", "constant, linear, cosine, wsd"),
         ("optimizer: sgd", "optimizer", "'adamw'"),
         ("objective: dpo", "objective", "'next_token'"),
@@ -242,6 +241,12 @@ def test_unknown_kinds_list_the_known(text: str, key: str, kinds: str) -> None:
     error = refused(text)
     assert error.message.startswith(f"run.yaml:{LINE} {key}: ")
     assert error.message.endswith(f"-> known here: {kinds}")
+
+
+def test_options_without_a_kind_are_of_the_default_kind() -> None:
+    assert run_of("tune: {rank: 16}").tune == run_of("", "tune.rank=16").tune == Lora(rank=16)
+    assert run_of("schedule: {warmup: 0.5}").schedule == Cosine(warmup=0.5)
+    assert "did you mean 'rank'?" in refused("tune: {rnak: 16}").message
 
 
 def test_names_stand_for_choices() -> None:
@@ -406,9 +411,15 @@ def test_dump_of_anything_reads_back(value: Any) -> None:
 
 
 def test_resolved_yaml_of_a_run(tmp_path: Path) -> None:
+    """Paths are made absolute, so it says the same from any folder; all else is as it was."""
     located = Located(run_of("tune: {kind: lora, rank: 4}\noptimizer: {lr: 1e-5}", "output=out"), tmp_path / "run.yaml")
-    (tmp_path / "again.yaml").write_text(located.resolved_yaml(), encoding="utf-8")
-    assert load_run(tmp_path / "again.yaml").run == located.run
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "again.yaml").write_text(located.resolved_yaml(), encoding="utf-8")
+    again = load_run(tmp_path / "sub" / "again.yaml")
+    assert again.output == located.output and again.run.data.train[0].path == str(tmp_path / "train.jsonl")
+    assert again.resolved_yaml() == located.resolved_yaml()
+    same = {"data": located.run.data, "output": located.run.output}
+    assert again.run.model_copy(update=same) == located.run
 
 
 def test_no_token_of_the_environment_is_written(tmp_path: Path, qwen25: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,6 +476,7 @@ SCHEMA = jsonschema.Draft202012Validator(json_schema(Run))
         {"tune": {"kind": "freeze", "train": ["vision"]}, "optimizer": {"lr": 1, "parts": {"vision": {"lr": 1e-6}}}},
         {"log": {"sinks": ["tensorboard", {"kind": "wandb", "project": "x"}]}},
         {"train": {"epochs": None, "max_steps": 3}},
+        {"tune": {"rank": 16}, "schedule": {"warmup": 0.1}},
         {"data": {"train": [{"path": "a", "format": "alpaca"}, {"path": "b", "format": {"kind": "messages"}}]}},
         {"evaluate": {"generate": {"groups": {"n": "[0-9]+"}}}, "data": {"train": [{"path": "a"}], "holdout": 0.1}},
     ],

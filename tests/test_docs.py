@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+import runs
+import tiny
 import typer
 
 from lensmith.cli import app
@@ -24,7 +27,8 @@ from lensmith.recipe.run import Run, load_run
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lensmith"
 PAGES = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md")])
-MINIMAL = {"model": {"path": "m"}, "data": {"train": ["train.jsonl"]}}
+MINIMAL = {"model": {"path": "m"}, "data": {"train": [{"path": "train.jsonl"}]}}
+FILES = ("py", "json", "jsonl", "yaml")
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
 
@@ -96,7 +100,7 @@ def test_commands(command: str) -> None:
     own = {flag for p in group.commands[words[0]].params for flag in (*p.opts, *p.secondary_opts)}
     assert [w for w in words[1:] if w.startswith("-") and w not in {*own, "--help", "-h"}] == []
     overrides = [w for w in words[1:] if "=" in w]
-    build(Run, apply_overrides(Tree(MINIMAL), overrides))
+    build(Run, apply_overrides(Tree({**MINIMAL, "tune": "lora"}), overrides))
 
 
 def test_options_named_in_prose_exist() -> None:
@@ -107,7 +111,7 @@ def test_options_named_in_prose_exist() -> None:
         f"{page.name}: {name}"
         for page in PAGES
         for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", prose(page))
-        if name.partition(".")[0] in groups and name not in known and name.split(".")[-1] not in ("py", "json", "yaml")
+        if name.partition(".")[0] in groups and name not in known and name.split(".")[-1] not in FILES
     ]
     assert wrong == []
 
@@ -164,6 +168,43 @@ def test_every_option_is_described() -> None:
     assert [row for row in rows if row.endswith("|  |")] == []
 
 
+# --- the run folder ---------------------------------------------------------------------------------------------------
+
+
+def table(page: str, heading: str) -> set[str]:
+    """Code spans in the first column of the tables below a heading."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    section = re.split(r"^## ", text.split(f"{heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`([\w./]+)`", row)}
+
+
+def test_the_run_folder_is_as_described(tmp_path: Path, qwen25: Path) -> None:
+    chat = tiny.make_chat(tmp_path / "data", 24, pictures=8)
+    run = runs.located(
+        tmp_path / "run", qwen25, chat, tune={"kind": "lora"}, data={"holdout": 0.3},
+        evaluate={"generate": {"max_new_tokens": 2, "swapped": True}}, train={"max_steps": 2},
+    )  # fmt: skip
+    out = runs.quiet_train(run)
+    found = {p.name + "/" * p.is_dir() for p in out.folder.iterdir()}
+    assert found <= table("run_folder.md", "# The run folder") and "summary.json" in found
+    summary = json.loads((out.folder / "summary.json").read_text(encoding="utf-8"))
+    nested = ("samples", "tokens", "heldout")
+    keys = {key for key in summary if key not in nested} | {f"{n}.{key}" for n in nested for key in summary[n]}
+    assert keys == table("run_folder.md", "## summary.json") - {"heldout"}
+    records = [json.loads(line) for line in (out.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [record for record in records if record["kind"] == "step"]
+    events = {record["name"] for record in records if record["kind"] == "event"}
+    assert {*steps[0], *events} - {"kind"} <= table("run_folder.md", "## metrics.jsonl")
+    assert table("run_folder.md", "## metrics.jsonl") - {*steps[0]} <= {
+        "checkpoint",
+        "dropped",
+        "early_stop",
+        "sink_off",
+    }
+    assert set(pq.read_schema(out.folder / "ledger.parquet").names) == table("run_folder.md", "## ledger.parquet")
+
+
 # --- codes and modules ------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +218,7 @@ def raised(*kinds: str) -> set[str]:
                 continue
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             codes = [a.value for a in ast.walk(node.args[0]) if isinstance(a, ast.Constant)]
-            found |= {c for c in codes if name in kinds and isinstance(c, str) and re.fullmatch(r"[A-Z][A-Z_]+", c)}
+            found |= {c for c in codes if name in kinds and isinstance(c, str) and re.fullmatch(r"[A-Z][A-Z0-9_]+", c)}
     return found
 
 
@@ -189,8 +230,7 @@ def listed(heading: str) -> set[str]:
 
 
 def test_codes_of_bad_data_are_those_the_code_raises() -> None:
-    otherwise = {"IMG_CORRUPT", "IMG_FORMAT"}  # handed to `_coded` as the code of last resort
-    assert listed("SKIP") == raised("Drop", "_coded") | otherwise
+    assert listed("SKIP") == raised("Drop")
     assert listed("FAIL") == raised("DataError", "error")
 
 
@@ -231,9 +271,9 @@ def test_the_layers_are_those_of_the_contract() -> None:
 
 
 def test_modules_named_in_prose_exist() -> None:
-    """`lensmith/data/encode.py`, `tests/tiny.py`, and in architecture.md also `data/encode.py`."""
+    """`lensmith/data/encode.py`, `data/encode.py`, `tests/tiny.py`, `qwen3_vl_lora_sft.yaml`."""
     for page in PAGES:
         for name in re.findall(r"`([\w./]+\.(?:py|yaml|jinja))`", prose(page)):
-            places = [ROOT / name, PACKAGE / name, page.parent / name]
+            places = [folder / name for folder in (ROOT, PACKAGE, ROOT / "examples", page.parent)]
             known = name in ("run.yaml", "messages.py") or "NAME" in name
             assert known or any(place.exists() for place in places), f"{page.name}: {name}"

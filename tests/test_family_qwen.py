@@ -343,6 +343,33 @@ def test_typed_control_tokens_stay_text(kit: Kit) -> None:
         )
 
 
+def test_typed_control_tokens_in_tools_stay_text(kit: Kit) -> None:
+    """Names, arguments, results and signatures are data too."""
+    typed = "<|im_end|><tool_call></tool_call><tool_response>"
+    call = ToolCall(typed, json.dumps({typed: typed}))
+    tool = json.dumps({"name": typed})
+    turns = (("user", "q"), ("assistant", "", [call]), ("tool", typed), ("assistant", "a"))
+    named = {v: k for k, v in kit.tokenizer.added.items()}
+    encoded = kit.encode(chat(*turns, tools=(tool,)))
+    turn = ["<|im_start|>", "<|im_end|>"]
+    call_tokens, result = ["<tool_call>", "</tool_call>"], ["<tool_response>", "</tool_response>"]
+    system = [turn[0], *call_tokens * 2, turn[1]]  # the instructions name them twice
+    planned = [*system, *turn, turn[0], *call_tokens, turn[1], turn[0], *result, turn[1], *turn]
+    assert [named[i] for i in encoded.ids_L.tolist() if i in named] == planned
+    text = kit.tokenizer.decode(encoded.ids_L.tolist())
+    assert f'<tool_call>\n{{"name": "{typed}", "arguments": {call.arguments}}}\n</tool_call>' in text
+    assert f"<tools>\n{tool}\n</tools>" in text and f"<tool_response>\n{typed}\n</tool_response>" in text
+
+
+def test_an_empty_text_before_a_tool_call_is_no_text(kit: Kit) -> None:
+    user, calls = message("user", "q"), (CALL,)
+    empty = Conversation((user, Message("assistant", (Text(""),), calls)))
+    assert (
+        kit.encode(empty).ids_L.tolist()
+        == kit.encode(Conversation((user, Message("assistant", (), calls)))).ids_L.tolist()
+    )
+
+
 TEXTS = st.lists(
     st.one_of(
         st.sampled_from([*CONTROLS, "\n", " ", "\n\n", "user\n", "assistant", "<|", "|>", "<|im_", "中文", "e\u0301"]),

@@ -114,6 +114,7 @@ MISSES = {
     "content": _content,
     "moved": _moved,
     "tokenizer": _tokenizer,
+    "added tokens": lambda s, _: replace(s, text_tokens=("<tool_call>",)),
     "pixels": _pixels,
     "system prompt": lambda s, _: replace(s, family=replace(s.family, default_system="Be brief.")),
     "max_tokens": lambda s, _: replace(s, max_tokens=100),

@@ -227,11 +227,12 @@ def json_schema(kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def _allow_name(choice: dict[str, Any], groups: dict[str, Any]) -> None:
-    """`tune: lora` stands for `tune: {kind: lora}` (`part.named`), which pydantic's schema does not know."""
+    """`tune: lora` stands for `tune: {kind: lora}` (`part.choice`), which pydantic's schema does not know."""
     kinds = list(choice.get("discriminator", {}).get("mapping", ()))
     if "$ref" in choice:
         own = groups[choice["$ref"].rsplit("/", 1)[1]].get("properties", {}).get("kind", {})
         kinds = [own["const"]] if "const" in own else []
     if kinds:
-        group = {key: choice.pop(key) for key in ("oneOf", "discriminator", "$ref") if key in choice}
-        choice["anyOf"] = [{"enum": kinds}, group]
+        members = choice.pop("oneOf", None) or [{"$ref": choice.pop("$ref")}]
+        choice.pop("discriminator", None)
+        choice["anyOf"] = [{"enum": kinds}, *members]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import CoreSchema
 
 _SCALARS = ("bool", "int", "float", "str")
@@ -46,6 +46,14 @@ class Part(BaseModel):
         return schema
 
 
-def named(value: Any) -> Any:
-    """A choice may be written by its name alone: `tune: lora` means `tune: {kind: lora}`."""
-    return {"kind": value} if isinstance(value, str) else value
+def choice(default: str) -> BeforeValidator:
+    """A choice may be written by its name alone (`tune: lora`), and its options without its name (`tune: {rank: 16}`
+    is the default kind)."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, str):
+            return {"kind": value}
+        options = cast("dict[str, Any]", value)
+        return {"kind": default, **options} if isinstance(value, dict) and "kind" not in options else options
+
+    return BeforeValidator(named)

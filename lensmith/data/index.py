@@ -254,7 +254,7 @@ def _fingerprint(spec: LoaderSpec, number: int) -> str:
             h.update(block)
     said = {
         "version": [VERSION, LENSMITH], "family": repr(spec.family), "path": [f.path, f.shown], "base": f.base,
-        "tokenizer": hashlib.sha256(spec.tokenizer_json.encode()).hexdigest(), "roots": spec.roots,
+        "tokenizer": [hashlib.sha256(spec.tokenizer_json.encode()).hexdigest(), spec.text_tokens], "roots": spec.roots,
         "format": f.format.model_dump() if f.format else None, "limits": spec.limits.model_dump(),
         "length": [spec.max_tokens, spec.too_long, spec.max_row_bytes], "max_samples": f.max_samples,
     }  # fmt: skip

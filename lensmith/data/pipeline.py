@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lensmith.core.encoded import PackedRow
-from lensmith.core.errors import RunError
+from lensmith.core.errors import RunError, UserError
 from lensmith.data.collate import Member, load_row
 from lensmith.data.index import Index
 from lensmith.data.load import Loader, LoaderSpec
@@ -43,7 +43,7 @@ class _Waiting:
 
     step: Step
     members: list[list[Member]]
-    rows: list[Future[PackedRow]]
+    rows: list[Future[PackedRow | _Refused]]
 
 
 SHOWN_ORIGINS = 8
@@ -72,8 +72,25 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(members: list[Member], known: dict[str, str]) -> PackedRow:
-    return load_row(_worker["loader"], members, known)
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """A `UserError` on its way from a worker: its constructor takes more than the text that pickle would give it."""
+
+    kind: type[UserError]
+    code: str
+    message: str
+    where: str
+    remedy: str
+
+    def error(self) -> UserError:
+        return self.kind(self.code, self.message, where=self.where, remedy=self.remedy)
+
+
+def _work(members: list[Member], known: dict[str, str]) -> PackedRow | _Refused:
+    try:
+        return load_row(_worker["loader"], members, known)
+    except UserError as error:
+        return _Refused(type(error), error.code, error.message, error.where, error.remedy)
 
 
 @dataclass
@@ -172,7 +189,12 @@ class Pipeline:
 
     def _collect(self, waiting: deque[_Waiting]) -> StepRows:
         begin = time.perf_counter()
-        rows = [f.result() for f in waiting[0].rows]
+        rows: list[PackedRow] = []
+        for future in waiting[0].rows:
+            row = future.result()
+            if isinstance(row, _Refused):
+                raise row.error()
+            rows.append(row)
         return self._finish(waiting.popleft().step, rows, time.perf_counter() - begin)
 
     def _worker_died(self, waiting: deque[_Waiting]) -> RunError:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from lensmith.config.part import Part, named
+from lensmith.config.part import Part, choice
 
 
 class PartRate(Part):
@@ -79,8 +79,8 @@ class WSD(_Warm):
     """Share of the peak rate at the last step."""
 
 
-Schedule = Annotated[Constant | Linear | Cosine | WSD, Field(discriminator="kind"), BeforeValidator(named)]
-Optimizer = Annotated[AdamW, BeforeValidator(named)]
+Schedule = Annotated[Constant | Linear | Cosine | WSD, Field(discriminator="kind"), choice("cosine")]
+Optimizer = Annotated[AdamW, choice("adamw")]
 
 
 class EarlyStop(Part):

@@ -23,8 +23,8 @@ def by_group(right: Sequence[bool], references: Sequence[str], groups: Mapping[s
 
 
 def commonest_answers(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Question text -> its commonest answer; ties go to the answer that sorts first."""
+    """Question text -> its commonest answer; ties go to the answer that was seen first."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for question, answer in pairs:
         counts[question][answer.strip()] += 1
-    return {q: min(c.items(), key=lambda item: (-item[1], item[0]))[0] for q, c in counts.items()}
+    return {q: c.most_common(1)[0][0] for q, c in counts.items()}

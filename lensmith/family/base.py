@@ -8,7 +8,7 @@ Shape letters: T tokens of a packed row, P patches, D values of a patch, I image
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lensmith.model.attention import AttentionPlan
 
 PartName = Literal["vision", "projector", "language", "embeddings", "head"]
 PARTS: tuple[PartName, ...] = ("vision", "projector", "language", "embeddings", "head")
@@ -67,6 +66,7 @@ class Family(Protocol):
     def encode_images(
         self, model: nn.Module, pixels_PD: torch.Tensor, grids_I3: torch.Tensor
     ) -> list[torch.Tensor]: ...
+    def tower_only(self, model: nn.Module, pixels_PD: torch.Tensor, grids_I3: torch.Tensor) -> list[torch.Tensor]: ...
     def project(self, model: nn.Module, features: list[torch.Tensor]) -> list[torch.Tensor]: ...
     def hidden(
         self,
@@ -77,4 +77,3 @@ class Family(Protocol):
         position_ids_3BT: torch.Tensor,
         **attention: Any,
     ) -> Any: ...
-    def training_plans(self, model: nn.Module) -> Mapping[nn.Module, AttentionPlan]: ...

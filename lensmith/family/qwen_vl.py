@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lensmith.model.attention import AttentionPlan
 
 MAX_ASPECT = 200  # the vendor's processor refuses more
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 TOOLS_HEAD = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -253,7 +254,7 @@ class QwenVL:
         full, window, index = _segments_of(
             grids, self.pixels.merge, self.pixels.patch, getattr(visual, "window_size", 0)
         )
-        if index is None:
+        if window is None or index is None:
             return {None: full}, {}
         import torch
 
@@ -355,15 +356,17 @@ def from_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any], defa
     vision = config["vision_config"]
     size = preprocessor.get("size") or {}
     three = name == "qwen3_vl"
-    clip_mean, clip_std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    half = (0.5, 0.5, 0.5)
+    mean_r, mean_g, mean_b = preprocessor.get("image_mean") or (half if three else CLIP_MEAN)
+    std_r, std_g, std_b = preprocessor.get("image_std") or (half if three else CLIP_STD)
     pixels = PixelSettings(
         min_pixels=preprocessor.get("min_pixels") or size.get("shortest_edge") or (65536 if three else 3136),
         max_pixels=preprocessor.get("max_pixels") or size.get("longest_edge") or (16777216 if three else 12845056),
         patch=vision.get("patch_size") or vision.get("spatial_patch_size") or (16 if three else 14),
         merge=vision.get("spatial_merge_size", 2),
         temporal=vision.get("temporal_patch_size", 2),
-        mean=tuple(preprocessor.get("image_mean") or ((0.5, 0.5, 0.5) if three else clip_mean)),
-        std=tuple(preprocessor.get("image_std") or ((0.5, 0.5, 0.5) if three else clip_std)),
+        mean=(mean_r, mean_g, mean_b),
+        std=(std_r, std_g, std_b),
     )
     return QwenVL(name, pixels, default_system)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from lensmith.config.part import Part, named
+from lensmith.config.part import Part, choice
 
 PartName = Literal["vision", "projector", "language", "embeddings", "head"]
 
@@ -69,11 +69,13 @@ class Lora(Part):
     """Train magnitude and direction apart (arXiv 2402.09353)."""
     parts: tuple[Literal["vision", "projector", "language"], ...] = ("language",)
     """Parts whose linear layers get adapters. The default does not touch the vision tower's MLP."""
+    saved: Literal["float32", "bfloat16"] = "float32"
+    """Type of the saved adapter. It trains in float32 in every case."""
     pattern: str | None = None
     """A regular expression over full module names instead of `parts`. Matching nothing is an error."""
 
 
-Tune = Annotated[Full | Freeze | Lora, Field(discriminator="kind"), BeforeValidator(named)]
+Tune = Annotated[Full | Freeze | Lora, Field(discriminator="kind"), choice("lora")]
 
 
 class VisionCache(Part):

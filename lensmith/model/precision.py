@@ -1,4 +1,4 @@
-"""Presets of precision: in which type parameters are loaded, trained, computed and saved (design point 7)."""
+"""Presets of precision: in which type parameters are loaded, trained, computed and saved."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ class PrecisionPlan:
     compute: torch.dtype | None
     masters: bool
     saved: torch.dtype
-    adapter_saved: torch.dtype = torch.float32
 
 
 def plan(options: Precision, device: torch.device, base: torch.dtype) -> PrecisionPlan:

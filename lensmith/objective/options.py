@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
-
-from lensmith.config.part import Part, named
+from lensmith.config.part import Part, choice
 
 
 class NextToken(Part):
@@ -15,4 +13,4 @@ class NextToken(Part):
     kind: Literal["next_token"] = "next_token"
 
 
-Objective = Annotated[NextToken, BeforeValidator(named)]
+Objective = Annotated[NextToken, choice("next_token")]

@@ -1,4 +1,4 @@
-"""The PyPI package easy-vqa (MIT, Victor Zhou 2020) as lensmith data files: questions for SFT, captions for a base."""
+"""The PyPI package easy-vqa (MIT, Victor Zhou 2019) as lensmith data files: questions for SFT, captions for a base."""
 
 from __future__ import annotations
 

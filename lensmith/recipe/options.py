@@ -24,8 +24,8 @@ This page is generated: `python -m lensmith.recipe.options > docs/run_file.md`.
 A run file is YAML. Only `model.path` and `data.train` are needed. Paths in it count from its own folder. An unknown
 key, a wrong type or a value out of range is an error that names the line and the nearest known key.
 
-- Any key can be set on the command line, on top of the file: `lensmith train run.yaml optimizer.lr=2e-5`. A list is
-  reached by position: `data.train.0.weight=0.5`.
+- Any key can be set on the command line, on top of the file: `lensmith train run.yaml optimizer.lr=2e-5`. An entry
+  of a list that holds mappings is reached by position: `data.train.0.weight=0.5`.
 - A choice is a mapping with `kind`; where its defaults fit, its name is enough: `tune: full`.
 - `lensmith schema` prints the JSON schema for editors. `run.yaml` in the run folder has every default written out.
 - Numbers are YAML 1.2's: `2e-5` is a number, `no` is text, `010` is ten.

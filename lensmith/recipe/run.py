@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,8 +26,9 @@ class Log(Part):
 
     sinks: tuple[SinkConfig, ...] = ()
     """More places: `tensorboard`, `wandb`, `trackio`, `mlflow`."""
-    every_steps: int = Field(1, ge=1)
-    """Show a line for every so many steps; every step is written."""
+    every_steps: int = Field(0, ge=0)
+    """Print a line (in JSON mode an event) for every so many steps; 0: the progress bar alone. Every step is written
+    to metrics.jsonl."""
 
 
 class Run(Part):
@@ -100,8 +102,21 @@ class Located:
         self.output = (self.folder / (run.output or f"runs/{self.name}")).resolve()
 
     def resolved_yaml(self) -> str:
-        """The run with every default written out, as kept in the run folder."""
-        return yaml.safe_dump(self.run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The run with every default written out and every path absolute, as kept in the run folder."""
+        values = self.run.model_dump(mode="json")
+        for source in (*values["data"]["train"], *values["data"]["eval"]):
+            source["path"] = self._absolute(source["path"])
+            source["media_dir"] = source["media_dir"] and self._absolute(source["media_dir"])
+        values["data"]["media_roots"] = [self._absolute(root) for root in values["data"]["media_roots"]]
+        values["data"]["cache"] = values["data"]["cache"] and self._absolute(values["data"]["cache"])
+        values["vision_cache"]["folder"] = values["vision_cache"]["folder"] and self._absolute(values["vision_cache"]["folder"])
+        if (self.folder / Path(values["model"]["path"]).expanduser()).is_dir():
+            values["model"]["path"] = self._absolute(values["model"]["path"])
+        values["output"] = str(self.output)
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+    def _absolute(self, path: str) -> str:
+        return os.path.normpath(self.folder / Path(path).expanduser())
 
 
 def load_run(file: str | Path, overrides: Sequence[str] = ()) -> Located:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import torch
 
 from lensmith.checkpoint.export import write_adapter, write_model
-from lensmith.checkpoint.state import read_state, write_state
 from lensmith.checkpoint.store import Published, Store, write_atomically
 from lensmith.core.errors import DataError, RunError
 from lensmith.data.pipeline import Pipeline
 from lensmith.engine.loop import Callbacks, Loop, Progress, score
+from lensmith.engine.state import read_state, write_state
 from lensmith.engine.step import StepResult
 from lensmith.model.vision_cache import VisionCache, feature_key
 from lensmith.recipe import folder as run_folder
@@ -286,7 +287,7 @@ class Session:
         pixels = {"min_pixels": family.pixels.min_pixels, "max_pixels": family.pixels.max_pixels}
         if self.built.tuned.peft is not None:
             write_adapter(
-                folder / "model", self.built.tuned.peft, base, str(base), self.built.precision.adapter_saved, pixels=pixels
+                folder / "model", self.built.tuned.peft, base, str(base), getattr(torch, self.run_file.tune.saved), pixels=pixels
             )
         else:
             write_model(folder / "model", self.built.tuned.model, base, self.built.precision.saved,

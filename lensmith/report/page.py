@@ -86,7 +86,7 @@ def _cards(heldout: dict[str, Any]) -> list[dict[str, str]]:
             low, high = _wilson_interval(score["after"], heldout["n"])
             note = f"{heldout['n']:,} held-out samples, 95 % interval {100 * low:.1f} to {100 * high:.1f} %"
         cards.append({"label": "Exact match", "before": before, "value": tables.percent(score["after"]), "note": note})
-    notes = {"baseline": "without looking at a picture", "swapped": "after training, with another sample's picture"}
+    notes = {"baseline": "commonest training answer to the question", "swapped": "trained, but shown another picture"}
     for name, note in notes.items():
         if name in score:
             cards.append({"label": name.capitalize(), "before": "", "value": tables.percent(score[name]), "note": note})

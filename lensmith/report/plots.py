@@ -73,6 +73,7 @@ def _loss(steps: Records, evals: Records) -> Figure | None:
     _curve(axes, x, y, COLORS[0], "training")
     if len(eval_x):
         axes.plot(eval_x, eval_y, "o-", color=COLORS[1], linewidth=1.6, markersize=4, label="held out")
+    _log_where_wide(axes, y)
     _mark_non_finite(axes, x[~np.isfinite(y)])
     return _finish(figure, axes)
 
@@ -81,11 +82,14 @@ def _learning_rate(steps: Records) -> Figure | None:
     parts = _parts(steps, "lr")
     if not parts:
         return None
-    figure, axes = _new("Learning rate", "learning rate")
-    for color, part in zip(_cycle(len(parts)), parts, strict=True):
+    lines: dict[bytes, tuple[np.ndarray, np.ndarray, list[str]]] = {}  # parts with the same rates are one line
+    for part in parts:
         x, y = _series(steps, "lr", part)
+        lines.setdefault(y.tobytes(), (x, y, []))[2].append(_label(part))
+    figure, axes = _new("Learning rate", "learning rate")
+    for color, (x, y, names) in zip(_cycle(len(lines)), lines.values(), strict=True):
         kept = _thin(y)
-        axes.plot(x[kept], y[kept], color=color, linewidth=1.6, label=_label(part))
+        axes.plot(x[kept], y[kept], color=color, linewidth=1.6, label=", ".join(names))
     axes.yaxis.set_major_formatter(lambda value, _: _scientific(value))
     axes.set_ylim(bottom=0)
     return _finish(figure, axes)
@@ -100,9 +104,7 @@ def _gradient_norm(steps: Records) -> Figure | None:
     _curve(axes, x, y, COLORS[0], "all")
     for color, part in zip(_cycle(len(parts) + 1)[1:], parts, strict=True):
         _curve(axes, *_series(steps, "grad_norm_parts", part), color, _label(part))
-    values = y[np.isfinite(y) & (y > 0)]
-    if len(values) and values.max() > 100 * np.median(values):
-        axes.set_yscale("log")
+    _log_where_wide(axes, y)
     _mark_non_finite(axes, x[~np.isfinite(y)])
     return _finish(figure, axes)
 
@@ -152,6 +154,13 @@ def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, color: str, label: str) -> 
     line = smooth(y, width=min(200, max(1, len(y) / 80)))
     kept = _thin(line)
     axes.plot(x[kept], line[kept], color=color, linewidth=1.8, label=label)
+
+
+def _log_where_wide(axes: Axes, y: np.ndarray) -> None:
+    """Where a few values are over a hundred times the usual one, only a logarithmic axis shows the rest."""
+    values = y[np.isfinite(y) & (y > 0)]
+    if len(values) and values.max() > 100 * np.median(values):
+        axes.set_yscale("log")
 
 
 def _mark_non_finite(axes: Axes, x: np.ndarray) -> None:

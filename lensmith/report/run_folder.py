@@ -74,7 +74,8 @@ def read_ledger(path: Path) -> Ledger:
         return Ledger()
     columns = ["source", "verdict", "tokens", "supervised", "images", "origin", "reason", "detail"]
     try:
-        table = pq.read_table(path, columns=columns, partitioning=None)
+        with path.open("rb") as file:
+            table = pq.read_table(file, columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise _broken(path, str(error)) from None
     trained = pc.field("verdict") == "train"

@@ -180,17 +180,19 @@ def make_sinks(configs: list[_Any], run_folder: Path, first_step: int = 1) -> di
 def flatten(record: Record) -> Record:
     """`{"kind": "step", "step": 3, "lr": {"language": 1e-5}}` -> `{"step": 3, "train/lr/language": 1e-5}`.
 
-    Only finite numbers remain: several libraries draw nothing, or fail, when one is NaN.
+    An evaluation's `metrics` are named `eval/exact_match`. Only finite numbers remain: several libraries draw nothing,
+    or fail, when one is NaN.
     """
-    prefix = {"step": "train", "eval": "eval"}.get(record["kind"], record["kind"])
+    prefix = "train" if record["kind"] == "step" else record["kind"]
     flat: Record = {"step": record["step"]}
     for key, value in record.items():
         if key in ("kind", "step"):
             continue
-        items = value.items() if isinstance(value, dict) else [(None, value)]
-        for inner, number in items:
-            if isinstance(number, int | float) and math.isfinite(number):
-                flat[f"{prefix}/{key}" if inner is None else f"{prefix}/{key}/{inner}"] = number
+        above = prefix if key == "metrics" else f"{prefix}/{key}"
+        inner = {f"{above}/{name}": n for name, n in value.items()} if isinstance(value, dict) else {above: value}
+        for name, n in inner.items():
+            if isinstance(n, int | float) and math.isfinite(n):
+                flat[name] = n
     return flat
 
 
@@ -257,6 +259,7 @@ class _TrackioSink:
     def open(self, run_name: str, config: Record) -> None:
         import trackio  # pyright: ignore[reportMissingImports]
 
+        self._module = trackio
         self._run = trackio.init(
             project=self._config.project, name=run_name, space_id=self._config.space_id,
             private=self._config.private, config=config, resume="allow" if self._first_step > 1 else "never",
@@ -267,7 +270,7 @@ class _TrackioSink:
         self._run.log(_numbers(record), step=record["step"])
 
     def close(self) -> None:
-        self._run.finish()
+        self._module.finish()  # Run.finish() leaves it open for atexit, which then prints on stdout
 
 
 class _MLflowSink:

@@ -51,14 +51,18 @@ def number(value: Any) -> str:
 
 
 def figure(name: str, value: Any) -> str:
-    """A value with the unit its name ends in: `_seconds`, `_bytes`, `_per_second`; a rate as per cent; losses alike."""
+    """A value with the unit its name ends in (`_seconds`, `_bytes`, `_per_second`); a rate as per cent.
+
+    Of a dotted name any part may carry the unit: `wall_seconds.train`.
+    """
     if not isinstance(value, int | float) or isinstance(value, bool):
         return number(value)
     if name.endswith("_per_second"):
         return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    if name.endswith("seconds"):
+    parts = name.split(".")
+    if any(part.endswith("seconds") for part in parts):
         return duration(value)
-    if name.endswith("bytes"):
+    if any(part.endswith("bytes") for part in parts):
         return size(value)
     if name.split("/")[0] in _RATES:
         return percent(value)
@@ -90,10 +94,15 @@ def what_trains(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) ->
     """One row per part of the model, as in `trains.json`."""
     names = ("part", "tensors", "parameters", "trainable", "dtype", "lr", "weight_decay")
     columns = ("Part", "Tensors", "Parameters", "Trainable", "Dtype", "Learning rate", "Weight decay")
-    cells = [tuple(number(row.get(name)) for name in names) for row in rows]
+    cells = [tuple(_trains_cell(row, name) for name in names) for row in rows]
     total = tuple(number(totals[name]) if name in totals else "" for name in names[1:])
     right = frozenset(columns) - {"Part", "Dtype"}
     return Table("What trains", columns, cells, right, ("Total", *total) if totals else ())
+
+
+def _trains_cell(row: Mapping[str, Any], name: str) -> str:
+    of_trained = name in ("lr", "weight_decay")
+    return MISSING if of_trained and not row.get("trainable") else number(row.get(name))
 
 
 def ledger(counts: Sequence[SourceCount]) -> Table:
@@ -113,20 +122,23 @@ def ledger(counts: Sequence[SourceCount]) -> Table:
 
 def _ledger_row(count: SourceCount) -> tuple[str, ...]:
     by_size = sorted(count.dropped.items(), key=lambda item: (-item[1], item[0]))
-    reasons = ", ".join(f"{reason} {many:,}" for reason, many in by_size)
+    reasons = ", ".join(f"{reason}={many:,}" for reason, many in by_size)
     counts = (count.read, count.train, count.read - count.train)
     rest = (count.tokens, count.supervised, count.images)
     return (count.source, *map(number, counts), reasons, *map(number, rest))
 
 
 def key_figures(summary: Mapping[str, Any]) -> Table:
-    """The plain values of a summary, nested ones under dotted names; a unit moves from the name to the value."""
-    rows = [(_label(name), figure(name, value)) for name, value in flat(summary).items()]
+    """A summary without `heldout`, nested values under dotted names; a unit moves from the name to the value."""
+    rest = {name: value for name, value in summary.items() if name != "heldout"}
+    rows = [(_label(name), figure(name, value)) for name, value in flat(rest).items()]
     return Table("Key figures", ("Figure", "Value"), rows, frozenset({"Value"}))
 
 
 def _label(name: str) -> str:
-    return name.removesuffix("_seconds").removesuffix("_bytes").replace("_", " ")
+    """`wall_seconds.train` -> `wall: train`; names in capitals (drop reasons) stay as they are."""
+    parts = [part.removesuffix("_seconds").removesuffix("_bytes") for part in name.split(".")]
+    return ": ".join(part.replace("_", " ") if part.islower() else part for part in parts)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
