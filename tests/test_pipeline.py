@@ -120,9 +120,13 @@ def test_rows_hold_every_token_once_and_no_padding(tmp_path: Path, qwen25: Path,
             assert np.array_equal(np.asarray(row.members)[owner_T[row.supervised_S]], row.sample_S)
             counts = Counter(row.sample_S.tolist())
             assert all(counts[m] == supervised[m] for m in row.members)
-            image_tokens = row.image_grids_I3.prod(axis=1)[row.image_of_block] // 4 if len(row.image_keys) else np.zeros(0, int)
+            image_tokens = (
+                row.image_grids_I3.prod(axis=1)[row.image_of_block] // 4 if len(row.image_keys) else np.zeros(0, int)
+            )
             assert (row.kind_T == IMAGE).sum() == image_tokens.sum()
-            assert len(set(zip(row.image_keys, map(tuple, row.image_grids_I3.tolist()), strict=True))) == len(row.image_keys)
+            assert len(set(zip(row.image_keys, map(tuple, row.image_grids_I3.tolist()), strict=True))) == len(
+                row.image_keys
+            )
             assert row.pixels_PD.shape[0] == row.image_grids_I3.prod(axis=1).sum()
             shared += len(row.image_of_block) - len(row.image_keys)
     assert seen == dict.fromkeys(range(44), 1)
@@ -134,7 +138,9 @@ def test_a_picture_of_two_files_is_read_once(tmp_path: Path, qwen25: Path) -> No
     path = tiny.make_chat(tmp_path, 1, pictures=2)
     (tmp_path / "images/1.png").write_bytes((tmp_path / "images/0.png").read_bytes())
     message = [{"role": "user", "content": "<image><image><image>?"}, {"role": "assistant", "content": "yes"}]
-    path.write_text(json.dumps({"messages": message, "images": ["images/0.png", "images/1.png", "images/0.png"]}) + "\n")
+    path.write_text(
+        json.dumps({"messages": message, "images": ["images/0.png", "images/1.png", "images/0.png"]}) + "\n"
+    )
     p = prepared(tmp_path, qwen25, path)
     (row,) = next(pipeline(p).steps()).rows[:1]
     assert len(row.image_keys) == 1 and row.image_of_block[:3].tolist() == [0, 0, 0]
@@ -208,7 +214,10 @@ def own_pictures(folder: Path, rows: int) -> Path:
     lines = []
     for k in range(rows):
         images = [f"images/{k}.png"] + (["images/0.png"] if k % 3 == 2 else [])
-        turns = [{"role": "user", "content": "<image>" * len(images) + f" what is {k}?"}, {"role": "assistant", "content": f"a circle {k}"}]
+        turns = [
+            {"role": "user", "content": "<image>" * len(images) + f" what is {k}?"},
+            {"role": "assistant", "content": f"a circle {k}"},
+        ]
         lines.append(json.dumps({"messages": turns, "images": images}) + "\n")
     path.write_text("".join(lines))
     return path
@@ -231,7 +240,9 @@ def test_a_removed_picture_drops_its_sample_and_no_other(tmp_path: Path, qwen25:
 
 def loss_of(p: Prepared, step: Any) -> float:
     built = build(p)
-    found = run_step(built.root, step.rows, step.num_supervised, built.optimizer, built.part_of, factor=1.0, clip_norm=None)
+    found = run_step(
+        built.root, step.rows, step.num_supervised, built.optimizer, built.part_of, factor=1.0, clip_norm=None
+    )
     return found.loss
 
 
@@ -247,7 +258,7 @@ def without(p: Prepared, *samples: int) -> float:
 
 
 def test_a_step_of_which_nothing_is_left_moves_nothing(tmp_path: Path, qwen25: Path, monkeypatch: Any) -> None:
-    """Three empty steps in a row are no non-finite steps; the schedule waits; the ledger balances, also after a resume."""
+    """Three empty steps in a row are no non-finite steps; the ledger balances, also after a resume."""
     path = own_pictures(tmp_path, 24)
     over: dict[str, Any] = {
         "batch": {"samples": 4}, "train": {"epochs": 1, "max_steps": None, "max_bad_steps": 1},
@@ -256,7 +267,9 @@ def test_a_step_of_which_nothing_is_left_moves_nothing(tmp_path: Path, qwen25: P
     run = runs.located(tmp_path / "run", qwen25, path, **over)
     gone = [m for s in list(prepare(run, QUIET).plan.steps())[1:4] for m in s.members.tolist()]
     pictures = {m: (tmp_path / f"images/{m}.png").read_bytes() for m in gone}
-    monkeypatch.setattr(session, "build", after(lambda: [(tmp_path / f"images/{m}.png").unlink(missing_ok=True) for m in gone]))
+    monkeypatch.setattr(
+        session, "build", after(lambda: [(tmp_path / f"images/{m}.png").unlink(missing_ok=True) for m in gone])
+    )
     summary = runs.quiet_train(run).summary
     kept = [m for m in range(24) if m not in gone and not (0 in gone and m % 3 == 2)]
     lost = 24 - len(kept)
@@ -265,7 +278,9 @@ def test_a_step_of_which_nothing_is_left_moves_nothing(tmp_path: Path, qwen25: P
     }  # fmt: skip
     assert summary["steps"] == 6 and summary["applied_steps"] == sum(loss is not None for loss in summary["losses"])
     assert summary["losses"][1:4] == [None] * 3
-    json.loads((tmp_path / "run" / "summary.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} in JSON"))
+    json.loads(
+        (tmp_path / "run" / "summary.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} in JSON")
+    )
     ledger = pq.read_table(tmp_path / "run" / "ledger.parquet").to_pylist()
     assert [r["verdict"] for r in ledger].count("drop") == lost
     for name in ("step-00000006", "step-00000005"):
@@ -273,7 +288,9 @@ def test_a_step_of_which_nothing_is_left_moves_nothing(tmp_path: Path, qwen25: P
     for m, content in pictures.items():
         (tmp_path / f"images/{m}.png").write_bytes(content)
     resumed = runs.quiet_train(run).summary
-    assert {k: resumed[k] for k in ("samples", "losses", "steps")} == {k: summary[k] for k in ("samples", "losses", "steps")}
+    assert {k: resumed[k] for k in ("samples", "losses", "steps")} == {
+        k: summary[k] for k in ("samples", "losses", "steps")
+    }
     assert pq.read_table(tmp_path / "run" / "ledger.parquet").to_pylist() == ledger
 
 

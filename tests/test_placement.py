@@ -76,7 +76,9 @@ cases = st.integers(0, 60).flatmap(
 def test_every_placement(case: Any) -> None:
     tokens, patches, clusters, ranks, most, packing = case
     pixels = [0 if c == -1 else p for p, c in zip(patches, clusters, strict=True)]
-    pixels = [max([q for q, d in zip(pixels, clusters, strict=True) if d == c]) for c in clusters]  # same pictures, same patches
+    pixels = [
+        max([q for q, d in zip(pixels, clusters, strict=True) if d == c]) for c in clusters
+    ]  # same pictures, same patches
     rows = placed(tokens, pixels, clusters, ranks=ranks, device_tokens=100, device_patches=most, packing=packing)
     flat = [row for mine in rows for row in mine]
     assert sorted(i for row in flat for i in row) == list(range(len(tokens)))
@@ -90,7 +92,9 @@ def test_every_placement(case: Any) -> None:
         assert packing or len(row) == 1
     if len(tokens) >= ranks:  # no rank idles while another has two members
         assert sum(bool(row) for row in flat) >= ranks
-    assert rows == placed(tokens, pixels, clusters, ranks=ranks, device_tokens=100, device_patches=most, packing=packing)
+    assert rows == placed(
+        tokens, pixels, clusters, ranks=ranks, device_tokens=100, device_patches=most, packing=packing
+    )
     one = placed(tokens, pixels, clusters, ranks=1, device_tokens=100, device_patches=most, packing=packing)
     if len(one[0]) >= ranks:  # the same rows, only dealt out
         assert sorted(row for row in flat if row) == sorted(one[0])

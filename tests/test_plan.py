@@ -70,7 +70,10 @@ def test_one_and_a_half_epochs() -> None:
 def test_data_smaller_than_a_step() -> None:
     """3 samples, 8 a step, 3 epochs = 9 samples: carry repeats samples within a step, epoch_end makes 3 small steps,
     drop has nothing to train, also when it would be endless."""
-    sizes = {p: [len(s.members) for s in Plan(3, seed=0, samples=8, partial=p, epochs=3).steps()] for p in ("carry", "epoch_end", "drop")}  # type: ignore[arg-type]
+    sizes = {
+        p: [len(s.members) for s in Plan(3, seed=0, samples=8, partial=p, epochs=3).steps()]
+        for p in ("carry", "epoch_end", "drop")
+    }  # type: ignore[arg-type]
     assert sizes == {"carry": [8, 1], "epoch_end": [3, 3, 3], "drop": []}
     endless = Plan(3, seed=0, samples=8, partial="drop", epochs=None, max_steps=5)
     assert endless.num_steps() == 0 == len(list(endless.steps()))
@@ -107,7 +110,8 @@ def plans(draw: st.DrawFn) -> Plan:
         | st.fixed_dictionaries({"samples": st.none(), "tokens": st.integers(1, 80), "num_tokens": st.just(lengths)})
     )
     return Plan(
-        n, draw(st.integers(0, 2**63 - 1)), partial=draw(st.sampled_from(["carry", "epoch_end", "drop"])), epochs=epochs,
+        n, draw(st.integers(0, 2**63 - 1)), epochs=epochs,
+        partial=draw(st.sampled_from(["carry", "epoch_end", "drop"])),
         max_steps=draw(st.integers(1, 40) if epochs is None else st.none() | st.integers(1, 40)), **rule,
     )  # fmt: skip
 
@@ -162,7 +166,9 @@ def test_a_resume_yields_the_rest(plan: Plan, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(found)))
     cursor = found[at - 1].cursor if at else 0
     for rest in (list(plan.steps(at, cursor)), list(plan.steps(at))):
-        assert [(s.number, s.cursor, s.members.tolist()) for s in rest] == [(s.number, s.cursor, s.members.tolist()) for s in found[at:]]
+        assert [(s.number, s.cursor, s.members.tolist()) for s in rest] == [
+            (s.number, s.cursor, s.members.tolist()) for s in found[at:]
+        ]
     assert plan.num_steps(at, cursor) == len(found)
 
 

@@ -185,7 +185,7 @@ def test_dora(models: Path) -> None:
     (Lora(pattern="q_proj"), r"matches none of \d+ linear layers"),
     (Lora(pattern=r".*\.q_porj"), "full module names look like"),
     (Lora(pattern="(["), "not a regular expression"),
-    (Lora(pattern=r".*\.norm"), "matches none"),
+    (Lora(pattern=r".*\.norm"), "no linear layer"),
 ])  # fmt: skip
 def test_patterns_that_match_nothing(models: Path, options: Lora, message: str) -> None:
     model, family = load(models)

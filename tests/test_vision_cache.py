@@ -153,8 +153,9 @@ def test_known_are_learnt_pictures_whose_features_are_here() -> None:
 def test_the_fingerprint_tells_weights_and_settings_apart() -> None:
     w = torch.arange(6.0).reshape(2, 3)
     marks = [
-        fingerprint([("w", w)], "a"), fingerprint([("w", w)], "b"), fingerprint([("v", w)], "a"), fingerprint([("w", w + 1e-6)], "a"),
-        fingerprint([("w", w.reshape(3, 2))], "a"), fingerprint([("w", w.half())], "a"),
+        fingerprint([("w", w)], "a"), fingerprint([("w", w)], "b"), fingerprint([("v", w)], "a"),
+        fingerprint([("w", w + 1e-6)], "a"), fingerprint([("w", w.reshape(3, 2))], "a"),
+        fingerprint([("w", w.half())], "a"),
     ]  # fmt: skip
     assert len(set(marks)) == len(marks)
     assert marks[0] == fingerprint([("w", w.clone())], "a")
@@ -175,7 +176,12 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def mode(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """off; memory for all; memory for a few; memory for a few and disk for a few more; disk for all."""
-    limits = {"memory": (1 << 30, 0), "tiny": (FEATURE_BYTES, 0), "tiny+disk": (FEATURE_BYTES, 2 * FEATURE_BYTES), "disk": (0, 1 << 30)}
+    limits = {
+        "memory": (1 << 30, 0),
+        "tiny": (FEATURE_BYTES, 0),
+        "tiny+disk": (FEATURE_BYTES, 2 * FEATURE_BYTES),
+        "disk": (0, 1 << 30),
+    }
 
     def made(memory: int, disk: int = 0, cache_folder: Path | None = None) -> VisionCache:
         memory, disk = limits[name]
@@ -194,11 +200,15 @@ def trained(folder: Path, qwen25: Path, chat: Path, cache: dict[str, Any], **ove
 
 
 @pytest.mark.parametrize("tune", [LORA, PROJECTOR], ids=["lora", "projector"])
-def test_losses_do_not_depend_on_the_cache(tmp_path: Path, qwen25: Path, chat: Path, monkeypatch: Any, tune: Any) -> None:
+def test_losses_do_not_depend_on_the_cache(
+    tmp_path: Path, qwen25: Path, chat: Path, monkeypatch: Any, tune: Any
+) -> None:
     losses = {}
     for name in MODES:
         cache = mode(name, tmp_path / f"cache-{name}", monkeypatch)
-        losses[name] = trained(tmp_path / name, qwen25, chat, cache, tune=tune, optimizer={"lr": 1e-4}).summary["losses"]
+        losses[name] = trained(tmp_path / name, qwen25, chat, cache, tune=tune, optimizer={"lr": 1e-4}).summary[
+            "losses"
+        ]
     for name in MODES[1:]:
         assert losses[name] == pytest.approx(losses["off"], abs=1e-6), name
     assert len(set(losses["off"])) == 12
@@ -222,7 +232,9 @@ def state_of(outcome: Any) -> bytes:
     return (Path(outcome.summary["checkpoint"]) / "state" / "training.safetensors").read_bytes()
 
 
-def test_each_picture_is_encoded_once_in_three_epochs(tmp_path: Path, qwen25: Path, chat: Path, monkeypatch: Any) -> None:
+def test_each_picture_is_encoded_once_in_three_epochs(
+    tmp_path: Path, qwen25: Path, chat: Path, monkeypatch: Any
+) -> None:
     """When all fit; none at all in a second run with the disk tier; several times when few fit."""
     counts: Counter[bytes] = Counter()
     encode = QwenVL.encode_images
@@ -244,7 +256,13 @@ def test_each_picture_is_encoded_once_in_three_epochs(tmp_path: Path, qwen25: Pa
     counts.clear()
     trained(tmp_path / "second", qwen25, chat, mode("disk", tmp_path / "cache-disk", monkeypatch))
     assert not counts
-    trained(tmp_path / "pixels", qwen25, chat, mode("disk", tmp_path / "cache-disk", monkeypatch), data={"max_pixels": 112 * 112})
+    trained(
+        tmp_path / "pixels",
+        qwen25,
+        chat,
+        mode("disk", tmp_path / "cache-disk", monkeypatch),
+        data={"max_pixels": 112 * 112},
+    )
     other = tiny.make_model(tmp_path / "other", seed=5)
     first = counts.total()
     trained(tmp_path / "weights", other, chat, mode("disk", tmp_path / "cache-disk", monkeypatch))
@@ -253,7 +271,9 @@ def test_each_picture_is_encoded_once_in_three_epochs(tmp_path: Path, qwen25: Pa
 
 
 @pytest.mark.parametrize("how", ["truncated", "removed"])
-def test_a_run_survives_damage_to_its_cache(tmp_path: Path, qwen25: Path, chat: Path, monkeypatch: Any, how: str) -> None:
+def test_a_run_survives_damage_to_its_cache(
+    tmp_path: Path, qwen25: Path, chat: Path, monkeypatch: Any, how: str
+) -> None:
     """Every file is damaged while the run is between two steps."""
     cache = mode("disk", tmp_path / "cache", monkeypatch)
     plain = trained(tmp_path / "plain", qwen25, chat, cache)
@@ -283,7 +303,7 @@ def test_two_runs_share_a_folder(tmp_path: Path) -> None:
                 value = cache.get(key(n))
                 assert value is None or torch.equal(value, features(n))
                 cache.put(key(n), features(n))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - handed to the main thread
             failures.append(error)
 
     threads = [threading.Thread(target=work, args=(s,)) for s in range(2)]

@@ -13,14 +13,22 @@ from lensmith.core.errors import RunError
 from lensmith.model.load import SAFETENSORS_DTYPES, read_header
 
 CARRIED = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.jinja",
-    "chat_template.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 """Files of the base model that belong to every model made from it."""
 
 
-def write_model(folder: Path, model: Any, base: Path, dtype: torch.dtype, *, shard_gb: float = 5.0, pixels: dict[str, int] | None = None) -> None:
+def write_model(
+    folder: Path,
+    model: Any,
+    base: Path,
+    dtype: torch.dtype,
+    *,
+    shard_gb: float = 5.0,
+    pixels: dict[str, int] | None = None,
+) -> None:
     """Full weights in the vendor's tensor names, all in `dtype`, with config, tokenizer, processor and pixel settings.
 
     transformers' save_pretrained rewrites only the root dtype and leaves the sub-configs at the load-time one, so a
@@ -53,7 +61,14 @@ def _converted(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, 
 
 def _set_dtype(config: Any, dtype: torch.dtype) -> Any:
     """Set root and sub-config dtypes for the time of a save; returns what puts them back."""
-    configs = [config, *(getattr(config, name) for name in getattr(config, "sub_configs", {}) if getattr(config, name, None) is not None)]
+    configs = [
+        config,
+        *(
+            getattr(config, name)
+            for name in getattr(config, "sub_configs", {})
+            if getattr(config, name, None) is not None
+        ),
+    ]
     before = [(c, c.dtype) for c in configs]
     for c in configs:
         c.dtype = dtype
@@ -66,7 +81,7 @@ def _set_dtype(config: Any, dtype: torch.dtype) -> Any:
 
 
 def _fix_config(path: Path, dtype: torch.dtype) -> None:
-    """save_pretrained sets the root to the dtype of the live model's first parameter, not of the tensors it was given."""
+    """save_pretrained sets the root to the dtype of the live model's first parameter, not of the given tensors."""
     config = json.loads(path.read_text(encoding="utf-8"))
     text = str(dtype).removeprefix("torch.")
     config["dtype"] = text
@@ -134,4 +149,8 @@ def verify_dtypes(folder: Path, dtype: torch.dtype, *, config: bool = True) -> N
     for name, sub in named.items():
         said = sub.get("dtype") or sub.get("torch_dtype")
         if (said is not None or name == "") and said != str(dtype).removeprefix("torch."):
-            raise RunError("DTYPE", f"{name or 'config'} says dtype {said}, the tensors are {dtype}", where=str(folder / "config.json"))
+            raise RunError(
+                "DTYPE",
+                f"{name or 'config'} says dtype {said}, the tensors are {dtype}",
+                where=str(folder / "config.json"),
+            )

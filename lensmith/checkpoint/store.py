@@ -1,9 +1,9 @@
 """Checkpoints that are published whole or do not exist.
 
 Writing: a hidden staging folder, every file hashed (SHA-256) and fsynced, a sealed manifest, fsync of the folder, one
-rename to `step-00000012`, fsync of the parent. A published folder is never written again. Loading verifies every byte against
-the manifest and falls back to the newest checkpoint that verifies, and says so. Deleting renames to `.trash-*` first,
-so a half-deleted checkpoint is never seen.
+rename to `step-00000012`, fsync of the parent. A published folder is never written again. Loading verifies every byte
+against the manifest and falls back to the newest checkpoint that verifies, and says so. Deleting renames to `.trash-*`
+first, so a half-deleted checkpoint is never seen.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ class Store:
                 warn(f"checkpoint is damaged and not used: {text}")
             return found
         if damaged:
-            raise RunError("DAMAGED", "no checkpoint of this run verifies:\n  " + "\n  ".join(damaged), where=str(self.folder),
+            text = "\n  ".join(["no checkpoint of this run verifies:", *damaged])
+            raise RunError("DAMAGED", text, where=str(self.folder),
                            remedy="restore one of them, or start over in a new output folder")  # fmt: skip
         return None
 
@@ -185,8 +186,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if data != _manifest_text(manifest) or manifest.get("seal") != _seal(manifest):
         raise Damaged(f"{path} differs from what was written")
     if manifest["schema"] > SCHEMA:
-        raise RunError("SCHEMA", f"checkpoint schema {manifest['schema']} is newer than this lensmith reads ({SCHEMA})", where=str(path),
-                       remedy="update lensmith")  # fmt: skip
+        text = f"checkpoint schema {manifest['schema']} is newer than this lensmith reads ({SCHEMA})"
+        raise RunError("SCHEMA", text, where=str(path), remedy="update lensmith")
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(_inside(name) and _is_entry(entry) for name, entry in files.items()):
         raise Damaged(f"{path} is not a manifest")

@@ -106,7 +106,9 @@ def _encode(loader: Loader, member: Member) -> tuple[str, Encoded]:
     return sample.origin, loader.encode(member.file, sample)
 
 
-def _join(kept: list[tuple[Member, Encoded, list[int]]], pictures: Pictures, dropped: tuple[tuple[int, str, str], ...]) -> PackedRow:
+def _join(
+    kept: list[tuple[Member, Encoded, list[int]]], pictures: Pictures, dropped: tuple[tuple[int, str, str], ...]
+) -> PackedRow:
     offsets = np.cumsum([0, *(e.num_tokens for _, e, _ in kept)])
     segments: list[Segment] = []
     targets, weights, owners = [], [], []
@@ -122,7 +124,9 @@ def _join(kept: list[tuple[Member, Encoded, list[int]]], pictures: Pictures, dro
     row = PackedRow(
         ids_T=np.concatenate([e.ids_L for _, e, _ in kept]) if kept else empty,
         kind_T=np.concatenate([e.kind_L for _, e, _ in kept]) if kept else np.zeros(0, np.int8),
-        position_ids_3T=np.concatenate([e.position_ids_3L for _, e, _ in kept], axis=1) if kept else np.zeros((3, 0), np.int32),
+        position_ids_3T=np.concatenate([e.position_ids_3L for _, e, _ in kept], axis=1)
+        if kept
+        else np.zeros((3, 0), np.int32),
         segments=tuple(segments),
         supervised_S=supervised,
         target_S=target_T[supervised],

@@ -13,7 +13,7 @@ import numpy as np
 
 from lensmith.core.encoded import IMAGE, TEXT, Encoded, ImageBlock, Segment
 from lensmith.core.errors import Drop
-from lensmith.core.sample import Conversation, Document, Image, Sample
+from lensmith.core.sample import Conversation, Document, Image, Sample, Text
 from lensmith.data.tokenizer import TextTokenizer
 
 ImageSize = Callable[[Image], tuple[int, int]]
@@ -69,6 +69,7 @@ class Encoder:
 
     def encode(self, sample: Sample) -> Encoded:
         """Raises `Drop` TOO_LONG, NO_TARGETS and what opening an image header raises."""
+        self._refuse_hopeless(sample)
         if isinstance(sample.content, Document):
             encoded = self._pieces(self.rendering.render_document(sample.content))
             if encoded.num_tokens > self.max_tokens:
@@ -84,6 +85,15 @@ class Encoder:
         if encoded.num_supervised == 0:
             raise Drop("NO_TARGETS", "no supervised token")
         return encoded
+
+    def _refuse_hopeless(self, sample: Sample) -> None:
+        """Ten million characters take a quarter of a minute to tokenise; that they are too long is known before."""
+        if isinstance(sample.content, tuple) and self.too_long == "cut":
+            return
+        longest = max((len(p.text) for p in sample.parts() if isinstance(p, Text)), default=0)
+        # composing characters (NFC) makes a text shorter, by less than four
+        if longest > 64 * self.max_tokens and longest > 4 * self.max_tokens * self.tokenizer.longest_token:
+            raise Drop("TOO_LONG", f"a text of {longest} characters has more than {self.max_tokens} tokens")
 
     def encode_prompt(self, conversation: Conversation) -> Encoded:
         """Up to where the assistant answers; for generation."""

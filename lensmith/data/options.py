@@ -36,7 +36,10 @@ def _one_or_many(value: Any) -> Any:
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
-Sources = Annotated[tuple[Source, ...], BeforeValidator(_one_or_many)]
+Sources = Annotated[
+    tuple[Source, ...],
+    BeforeValidator(_one_or_many, json_schema_input_type=str | Source | tuple[str | Source, ...]),
+]
 
 
 class Data(Part):

@@ -52,7 +52,7 @@ Known = Callable[[Iterable[str]], dict[str, str]]
 """Of these handles, those whose features are kept, with their content keys."""
 
 
-def _no_picture_known(handles: Iterable[str]) -> dict[str, str]:
+def no_picture_known(handles: Iterable[str]) -> dict[str, str]:
     return {}
 
 
@@ -102,7 +102,7 @@ class Pipeline:
     limits: Limits
     workers: int = 0
     ahead: int = 2
-    known: Known = _no_picture_known
+    known: Known = no_picture_known
     rank: int = 0
     ranks: int = 1
 
@@ -123,9 +123,7 @@ class Pipeline:
         if not len(m):
             return []
         tokens, patches = self._tokens[m], self._patches[m]
-        placed = place(
-            tokens, patches, tokens + patches / 4.0, self._clusters[m], ranks=self.ranks, limits=self.limits
-        )
+        placed = place(tokens, patches, tokens + patches / 4.0, self._clusters[m], ranks=self.ranks, limits=self.limits)
         return [[self.member(int(m[i])) for i in row] for row in placed[self.rank]]
 
     def member(self, number: int) -> Member:
@@ -142,7 +140,9 @@ class Pipeline:
                 yield self._finish(step, rows, time.perf_counter() - begin)
             return
         context = multiprocessing.get_context("fork")
-        pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_start_worker, initargs=(self.index.spec,))
+        pool = ProcessPoolExecutor(
+            self.workers, mp_context=context, initializer=_start_worker, initargs=(self.index.spec,)
+        )
         try:
             yield from self._ahead(pool, plan)
         finally:

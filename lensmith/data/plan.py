@@ -114,7 +114,9 @@ class Plan:
         assert self.samples is not None
         if self.partial == "carry":
             return step * self.samples
-        per_epoch = -(-self.num_samples // self.samples) if self.partial == "epoch_end" else self.num_samples // self.samples
+        per_epoch = (
+            -(-self.num_samples // self.samples) if self.partial == "epoch_end" else self.num_samples // self.samples
+        )
         epoch, within = divmod(step, max(per_epoch, 1))
         return epoch * self.num_samples + within * self.samples
 

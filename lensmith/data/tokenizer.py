@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,11 @@ class TextTokenizer:
 
             return TextTokenizer(AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str())
         raise ModelError("TOKENIZER", "no tokenizer.json (nor vocab.json and merges.txt)", where=str(folder))
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters that one token can stand for at most (a byte-level token of n bytes has n characters here)."""
+        return max(map(len, self._full.get_vocab()))
 
     def control(self, token: str) -> int:
         """The id of a control token. Raises `ModelError` when this tokenizer has none of that name."""

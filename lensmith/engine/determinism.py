@@ -24,7 +24,10 @@ def random_state() -> tuple[dict[str, torch.Tensor], str]:
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
-    state = {"python": [version, list(internal), gauss], "numpy": [str(name), int(position), int(has_gauss), float(cached)]}
+    state = {
+        "python": [version, list(internal), gauss],
+        "numpy": [str(name), int(position), int(has_gauss), float(cached)],
+    }
     return tensors, json.dumps(state)
 
 

@@ -134,8 +134,9 @@ class Loop:
         if p.bad_in_a_row > self.train.max_bad_steps:
             raise RunError(
                 "NONFINITE",
-                f"loss or gradient was not finite in {p.bad_in_a_row} steps in a row, up to step {p.step}; none was applied",
-                remedy="lower optimizer.lr, use bf16 rather than fp16, or look at the samples of these steps with `lensmith show`",
+                f"loss or gradient was not finite in {p.bad_in_a_row} steps in a row, up to step {p.step}; "
+                "none was applied",
+                remedy="lower optimizer.lr, or look at the samples of these steps with `lensmith show`",
             )
 
     def _save_due(self, done: int, last_save: float) -> bool:
@@ -181,7 +182,9 @@ class Interrupted(Exception):
 
     def __init__(self, number: int, step: int):
         self.number, self.step = number, step
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; the run is saved and resumes from there")
+        super().__init__(
+            f"stopped by {signal.Signals(number).name} after step {step}; the run is saved and resumes from there"
+        )
 
     @property
     def exit_code(self) -> int:

@@ -47,8 +47,9 @@ class MasterAdamW:
                 table[(part, decay)] = Group(part, lr, decay, [])
                 self.groups.append(table[(part, decay)])
             table[(part, decay)].names.append(name)
+        groups = [(g, [self.master[n] for n in g.names]) for g in self.groups]
         self.torch = torch.optim.AdamW(
-            [{"params": [self.master[n] for n in g.names], "lr": g.lr, "weight_decay": g.weight_decay} for g in self.groups],
+            [{"params": tensors, "lr": g.lr, "weight_decay": g.weight_decay} for g, tensors in groups],
             lr=options.lr, betas=options.betas, eps=options.eps, fused=True,
         )  # fmt: skip
 

@@ -30,7 +30,7 @@ class AdamW(Part):
     """Added to the denominator."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay; never on vectors (norms, biases)."""
-    parts: dict[Literal["vision", "projector", "language", "embeddings", "head", "adapter"], PartRate] = {}
+    parts: dict[Literal["vision", "projector", "language", "embeddings", "head", "adapter"], PartRate] = Field({})
     """Other rates for single parts, e.g. {vision: {lr: 2e-6}}."""
 
     def rate(self, part: str) -> tuple[float, float]:

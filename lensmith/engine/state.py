@@ -22,7 +22,9 @@ def write_state(folder: Path, optimizer: MasterAdamW, progress: Progress) -> Non
     tensors = {k: v.cpu().contiguous() for k, v in optimizer.tensors().items()}
     bad = [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]
     if bad:
-        raise RunError("NONFINITE", f"{bad[0]} is not finite; this state is not saved", remedy="resume from the last checkpoint")
+        raise RunError(
+            "NONFINITE", f"{bad[0]} is not finite; this state is not saved", remedy="resume from the last checkpoint"
+        )
     save_file(tensors, folder / "training.safetensors")
     random_tensors, text = random_state()
     save_file(random_tensors, folder / "random.safetensors")
@@ -42,8 +44,8 @@ def read_state(folder: Path, optimizer: MasterAdamW) -> Progress:
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         if kind not in ("param", *MOMENTS) or tuple(value.shape) != (() if kind == "step" else shapes.get(name)):
-            raise RunError("RESUME", f"the optimizer state {key} {tuple(value.shape)} belongs to no parameter of this run",
-                           where=str(folder), remedy="restore this checkpoint, or start in a new output folder")  # fmt: skip
+            raise RunError("RESUME", f"the state {key} {tuple(value.shape)} belongs to no parameter of this run",
+                           where=str(folder), remedy="restore this checkpoint, or use a new output folder")  # fmt: skip
     saved: dict[str, Any] = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
     optimizer.load_tensors(tensors)
     restore(load_file(folder / "random.safetensors"), json.dumps(saved["random"]))

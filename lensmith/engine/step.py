@@ -71,5 +71,6 @@ def _norms(optimizer: MasterAdamW, part_of: Callable[[str], str]) -> dict[str, t
     for name, grad in optimizer.gradients():
         by_part.setdefault(part_of(name), []).append(grad)
     return {
-        part: torch.stack(torch._foreach_norm(grads)).float().square().sum().sqrt().cpu() for part, grads in by_part.items()
+        part: torch.stack(torch._foreach_norm(grads)).float().square().sum().sqrt().cpu()
+        for part, grads in by_part.items()
     }

@@ -74,8 +74,8 @@ class Root(nn.Module):
         self.vision_mode = vision_mode(model, family)
         self.cache = cache if self.vision_mode != "trained" else None
         self.alone = True
-        """Whether a picture that enters the cache is encoded by itself. Matrix products round otherwise with other
-        row counts (measured: below 16 rows), so what is kept must not depend on what stood beside it."""
+        """Whether a picture that enters the cache is encoded by itself. The last bits of a matrix product depend on how
+        many rows it has, so what is kept must not depend on what stood beside it."""
 
     @property
     def device(self) -> torch.device:

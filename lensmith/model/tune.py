@@ -74,7 +74,11 @@ def _lora(model: Any, tune: Lora, family: Parts, new_ids: Sequence[int]) -> Tune
     from peft import LoraConfig, get_peft_model
 
     pattern = tune.pattern or family.lora_pattern(tune.parts)
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and _matches(pattern, n)]
+    hit = {n: m for n, m in model.named_modules() if n and _matches(pattern, n)}
+    names = [n for n, m in hit.items() if isinstance(m, nn.Linear)]
+    if other := [n for n in hit if n not in names]:
+        raise ConfigError("TUNE", f"tune.pattern {pattern!r} also matches {other[0]!r}, which is no linear layer",
+                          remedy="end the pattern with the names of the layers, e.g. (q_proj|v_proj)")  # fmt: skip
     if not names:
         linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         raise ConfigError("TUNE", f"tune.pattern {pattern!r} matches none of {len(linear)} linear layers",

@@ -19,10 +19,10 @@ def quickstart(folder: Path, overrides: Sequence[str], terminal: Terminal) -> No
         path = folder / "data" / f"{split}.jsonl"
         if not path.is_file():
             easy_vqa.write_lines(path, easy_vqa.question_rows(split))
-    run_file = folder / "run.yaml"
+    run_file = folder / "quickstart.yaml"
     if not run_file.is_file():
         pictures = easy_vqa.pictures("train")[0].path.parents[2]
-        template = (Path(__file__).parent / "run.yaml").read_text(encoding="utf-8")
+        template = (Path(__file__).parent / "quickstart.yaml").read_text(encoding="utf-8")
         run_file.write_text(template.format(model=json.dumps(str(MODEL)), pictures=json.dumps(str(pictures))), encoding="utf-8")
     terminal.event("quickstart", f"easy-vqa: 38,575 questions on 4,000 pictures to learn from, 9,673 on 1,000 others to be asked; files in {folder}",
                    folder=str(folder))  # fmt: skip

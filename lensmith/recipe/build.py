@@ -92,7 +92,7 @@ def build(prepared: Prepared) -> Built:
     tune.dtype_of_trainable(tuned, torch.float32 if isinstance(run.tune, Lora) else plan.trainable)
     model.train()
     if run.train.recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     if run.train.compile:
         for block in prepared.family.blocks(model, "language"):
             block.compile()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lensmith.core.errors import DataError
-from lensmith.recipe.prepare import Prepared, prepare
+from lensmith.recipe.prepare import Prepared, prepare, require_steps
 from lensmith.recipe.run import Located
 from lensmith.report.tables import Table
 from lensmith.report.terminal import Terminal
@@ -22,9 +21,7 @@ def check(located: Located, terminal: Terminal) -> Prepared:
     _show_dropped(prepared, terminal)
     _show_notes(prepared, terminal)
     steps = prepared.plan.num_steps()
-    if not steps:
-        problem = f"{len(prepared.train.trainable)} samples do not fill one step, and batch.partial is drop"
-        raise DataError("NO_STEPS", problem, remedy="lower batch.samples, or set batch.partial: carry")
+    require_steps(prepared, steps)
     first = next(prepared.plan.steps())
     packed = _rows_of_first_steps(prepared)
     terminal.event(

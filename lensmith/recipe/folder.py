@@ -74,15 +74,31 @@ def read_json(path: Path) -> dict[str, Any]:
 def versions(prepared: Prepared) -> dict[str, Any]:
     """Versions of what computes, the git revision of the run file's folder, and the model's commit where known."""
     packages: dict[str, Any] = {"python": platform.python_version()}
-    for name in ("lensmith", "torch", "transformers", "peft", "tokenizers", "safetensors", "pillow", "numpy", "pyarrow"):
+    for name in (
+        "lensmith",
+        "torch",
+        "transformers",
+        "peft",
+        "tokenizers",
+        "safetensors",
+        "pillow",
+        "numpy",
+        "pyarrow",
+    ):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = None
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=prepared.located.folder, capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=prepared.located.folder, capture_output=True, text=True, check=False
+    )
     folder = prepared.model_folder
     commit = folder.name if folder.parent.name == "snapshots" else None
-    return {"packages": packages, "git": git.stdout.strip() or None, "model": {"path": prepared.located.run.model.path, "commit": commit}}
+    return {
+        "packages": packages,
+        "git": git.stdout.strip() or None,
+        "model": {"path": prepared.located.run.model.path, "commit": commit},
+    }
 
 
 def ledger(prepared: Prepared, dropped_at_load: list[tuple[int, str, str]]) -> pa.Table:
@@ -144,8 +160,13 @@ def summary(
     held = counts["train"] - len(prepared.train.trainable)
     steps = [r for r in read_metrics(metrics) if r.get("kind") == "step"]
     by_reason = {**counts["by_reason"], **at_load}
-    samples = {"read": counts["read"], "train": counts["train"] - len(dropped) - held, "dropped": counts["dropped"] + len(dropped),
-               "held_out": held, "by_reason": by_reason}  # fmt: skip
+    samples = {
+        "read": counts["read"],
+        "train": counts["train"] - len(dropped) - held,
+        "dropped": counts["dropped"] + len(dropped),
+        "held_out": held,
+        "by_reason": by_reason,
+    }
     assert samples["read"] == samples["train"] + samples["dropped"] + samples["held_out"]
     return {
         "schema": 1,

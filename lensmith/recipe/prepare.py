@@ -151,12 +151,20 @@ def _check_counts(data: Data, read: Index, train: Index) -> list[str]:
     if not counts["read"]:
         raise DataError("NO_ROWS", "the training data has no rows")
     reasons = ", ".join(f"{n} {r}" for r, n in sorted(counts["by_reason"].items(), key=lambda i: -i[1]))
+    first = "".join(f"\n  {r['origin']}: {r['reason']} {r['detail'] or ''}" for r in read.dropped.slice(0, 10).to_pylist())
     if not len(train.trainable):
-        raise DataError("NO_SAMPLES", f"no sample can be trained: {reasons or 'all are held out'}",
-                        remedy="`lensmith check` lists them; TOO_LONG: raise data.max_tokens or lower data.max_pixels")  # fmt: skip
+        raise DataError("NO_SAMPLES", f"no sample can be trained: {reasons or 'all are held out'}{first}",
+                        remedy="TOO_LONG: raise data.max_tokens or lower data.max_pixels; else mend the rows")  # fmt: skip
     share = counts["dropped"] / counts["read"]
     if share > data.max_dropped:
         raise DataError("TOO_MANY_DROPPED", f"{counts['dropped']} of {counts['read']} rows are dropped ({reasons}), more than "
-                        f"data.max_dropped = {data.max_dropped}",
-                        remedy="mend the rows that `lensmith check` lists, or raise data.max_dropped")  # fmt: skip
+                        f"data.max_dropped = {data.max_dropped}{first}",
+                        remedy="mend these rows, or raise data.max_dropped")  # fmt: skip
     return [f"{counts['dropped']} of {counts['read']} rows are dropped: {reasons}"] if counts["dropped"] else []
+
+
+def require_steps(prepared: Prepared, steps: int) -> None:
+    """Raises `DataError` NO_STEPS for a plan without a step."""
+    if not steps:
+        problem = f"{len(prepared.train.trainable)} samples do not fill one step, and batch.partial is drop"
+        raise DataError("NO_STEPS", problem, remedy="lower batch.samples, or set batch.partial: carry")

@@ -6,12 +6,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from pydantic import Field, model_validator
 
 from lensmith.config.build import apply_overrides, build
 from lensmith.config.part import Part
-from lensmith.config.yaml_file import Tree, read_tree
+from lensmith.config.yaml_file import Tree, dump, read_tree
 from lensmith.core.errors import ConfigError
 from lensmith.data.options import Batch, Data
 from lensmith.engine.options import AdamW, Cosine, Optimizer, Save, Schedule, Train
@@ -113,7 +112,7 @@ class Located:
         if (self.folder / Path(values["model"]["path"]).expanduser()).is_dir():
             values["model"]["path"] = self._absolute(values["model"]["path"])
         values["output"] = str(self.output)
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        return dump(values)
 
     def _absolute(self, path: str) -> str:
         return os.path.normpath(self.folder / Path(path).expanduser())

@@ -1,4 +1,4 @@
-"""One training session: the run folder, its lock, resume, the loop with its callbacks, and what is written at the end."""
+"""One training session: the run folder, its lock, resume, the loop with its callbacks, what is written at the end."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import torch
 from lensmith.checkpoint.export import write_adapter, write_model
 from lensmith.checkpoint.store import Published, Store, write_atomically
 from lensmith.core.errors import DataError, RunError
-from lensmith.data.pipeline import Pipeline
+from lensmith.data.pipeline import Pipeline, no_picture_known
 from lensmith.engine.loop import Callbacks, Loop, Progress, score
 from lensmith.engine.state import read_state, write_state
 from lensmith.engine.step import StepResult
+from lensmith.model.options import Lora
 from lensmith.model.vision_cache import VisionCache, feature_key
 from lensmith.recipe import folder as run_folder
 from lensmith.recipe.build import build, data_workers, set_threads
@@ -41,8 +42,9 @@ WARM_PATCHES = 8192
 def warm_pays(prepared: Prepared, mode: str, cache: VisionCache) -> bool:
     """The plan uses every picture, and the features of all of them, held-out ones too, fit in memory.
 
-    Pictures that are encoded together round otherwise than alone. So nothing that was warmed may ever be evicted and
-    encoded anew, and with a disk tier, which may hold a part of them, each is encoded alone at first sight.
+    Asked once, at the start of a run. Pictures that are encoded together round otherwise than alone. So nothing that
+    was warmed may ever be evicted and encoded anew, and with a disk tier, which may hold a part of them, each is
+    encoded alone at first sight.
     """
     plan, index = prepared.plan, prepared.train
     if cache.folder is not None:
@@ -62,7 +64,13 @@ class Session:
     """Use as a context manager: it holds the lock of the run folder."""
 
     def __init__(self, located: Located, terminal: Terminal, clock: Clock, *, dry_run: bool):
-        self.located, self.run_file, self.terminal, self.clock, self.dry_run = located, located.run, terminal, clock, dry_run
+        self.located, self.run_file, self.terminal, self.clock, self.dry_run = (
+            located,
+            located.run,
+            terminal,
+            clock,
+            dry_run,
+        )
         self._temporary = Path(tempfile.mkdtemp(prefix="lensmith-dry-run-")) if dry_run else None
         self.output = self._temporary or located.output
         self.store = Store(self.output / "checkpoints")
@@ -96,8 +104,13 @@ class Session:
         progress = read_state(resume.folder / "state", self.built.optimizer) if resume else Progress()
         self.total = self.prepared.plan.num_steps(progress.step, progress.cursor)
         if not self.total:
-            raise DataError("NO_STEPS", f"{len(self.prepared.train.trainable)} samples make no step: batch.partial is drop and a step is larger",
+            count = len(self.prepared.train.trainable)
+            raise DataError("NO_STEPS", f"{count} samples are fewer than a step, and batch.partial is drop",
                             remedy="make the step smaller, or set batch.partial: carry")  # fmt: skip
+        cache, mode = self.built.root.cache, self.built.root.vision_mode
+        self.warmed = cache is not None and warm_pays(self.prepared, mode, cache)
+        if resume is not None:  # what paid at the start decides: a longer run must go on with the same bits
+            self.warmed = self.warmed and bool(resume.manifest.get("warmed", True))
         self._open_folder(progress, fresh=resume is None)
         self._say_start(resume, threads)
         self.held = HeldOut(self.prepared, self.built, self.output, self.terminal) if self.prepared.held else None
@@ -117,7 +130,9 @@ class Session:
                 (out / name).unlink(missing_ok=True)
         self.losses = run_folder.losses(self.metrics.path)
         self.dropped = run_folder.dropped(self.metrics.path, self.prepared.train.column("origin").tolist())
-        self.sinks = Sinks(self.metrics, make_sinks(list(self.run_file.log.sinks), out, progress.step + 1), self.terminal.warning)
+        self.sinks = Sinks(
+            self.metrics, make_sinks(list(self.run_file.log.sinks), out, progress.step + 1), self.terminal.warning
+        )
         self._logging = True
         self.sinks.open(self.located.name, self.run_file.model_dump(mode="json"))
         write_atomically(out / "run.yaml", self.located.resolved_yaml().encode())
@@ -144,11 +159,14 @@ class Session:
         steps = self.total
         planned = resume.manifest.get("total_steps", steps) if resume else steps
         if planned != steps:
-            self.terminal.warning(f"the run now has {steps} steps, not {planned}: from here on rates follow the schedule of the new length")
+            self.terminal.warning(
+                f"the run now has {steps} steps, not {planned}: from here on rates follow the new length's schedule"
+            )
         self.terminal.event(
             "start",
             f"{steps} steps, {self.built.trainable_parameters:,} of {self.built.total_parameters:,} parameters train "
-            f"({self.built.precision.preset}, {self.built.root.device}, {threads} threads, {data_workers(self.run_file)} data workers)"
+            f"({self.built.precision.preset}, {self.built.root.device}, {threads} threads, "
+            f"{data_workers(self.run_file)} data workers)"
             + (f", resumed after step {resume.step}" if resume else ""),
             steps=steps, trainable=self.built.trainable_parameters, resumed=resume.step if resume else 0,
         )  # fmt: skip
@@ -162,15 +180,16 @@ class Session:
         cache = root.cache
         self.pipeline = Pipeline(
             self.prepared.train, self.prepared.plan, self.prepared.limits, workers=data_workers(run),
-            **({"known": cache.known} if cache is not None else {}),
+            known=no_picture_known if cache is None else cache.known,
         )  # fmt: skip
         self._warm()
         if self.held is not None and progress.step == 0 and run.evaluate.before and not self.dry_run:
             self._record_eval(progress, self.held.measure("before"))
         self.clock.lap("evaluate")
         loop = Loop(
-            root=root, optimizer=self.built.optimizer, schedule=run.schedule, part_of=self.built.part_of, train=run.train,
-            saving=run.save, total_steps=self.total, evaluate_every=run.evaluate.every_steps if self.held else None,
+            root=root, optimizer=self.built.optimizer, schedule=run.schedule, part_of=self.built.part_of,
+            train=run.train, saving=run.save, total_steps=self.total,
+            evaluate_every=run.evaluate.every_steps if self.held else None,
             callbacks=Callbacks(self._log, self._evaluate, self._save, self._refresh, self._event), progress=progress,
         )  # fmt: skip
         remaining = self.total - progress.step
@@ -187,7 +206,7 @@ class Session:
     def _warm(self) -> None:
         """Encode every picture once ahead, when the tower is frozen, all features fit the cache and all are used."""
         root, train = self.built.root, self.prepared.train
-        if root.cache is None or self.dry_run or not warm_pays(self.prepared, root.vision_mode, root.cache):
+        if self.dry_run or not self.warmed or root.cache is None:
             return
         with self.terminal.progress("Encoding pictures once", len(train.trainable)) as bar:
             for done, row in self.pipeline.pictures(WARM_PATCHES):
@@ -201,7 +220,11 @@ class Session:
         if cache is None:
             return row
         have = set(row.pixel_image.tolist())
-        keys = [feature_key(k, tuple(g)) for i, (k, g) in enumerate(zip(row.image_keys, row.image_grids_I3.tolist(), strict=True)) if i not in have]
+        keys = [
+            feature_key(k, tuple(g))
+            for i, (k, g) in enumerate(zip(row.image_keys, row.image_grids_I3.tolist(), strict=True))
+            if i not in have
+        ]
         if not cache.hold(keys):
             row = self.pipeline.reread(row.members)
         cache.learn(row.meta["handles"])
@@ -213,12 +236,24 @@ class Session:
     def _log(self, p: Progress, data: Any, result: StepResult, seconds: float) -> None:
         if not result.applied and not result.empty:
             origins = [str(self.prepared.train.column("origin")[m]) for m in data.step.members[:8].tolist()]
-            self.terminal.warning(f"step {p.step}: loss {result.loss}, gradient norm {result.grad_norm}; not applied. Samples: {', '.join(origins)} ...")
+            self.terminal.warning(
+                f"step {p.step}: loss {result.loss}, gradient norm {result.grad_norm}; not applied. "
+                f"Samples: {', '.join(origins)} ..."
+            )
         for number, reason, detail in data.dropped:
             origin = self.prepared.train.column("origin")[number]
             if number not in self.dropped:
                 self.terminal.warning(f"{origin} is dropped at load: {reason} {detail}")
-                self.sinks.write({"kind": "event", "name": "dropped", "step": p.step, "origin": origin, "reason": reason, "detail": detail})
+                self.sinks.write(
+                    {
+                        "kind": "event",
+                        "name": "dropped",
+                        "step": p.step,
+                        "origin": origin,
+                        "reason": reason,
+                        "detail": detail,
+                    }
+                )
             self.dropped[number] = (reason, detail)
         rows = max(1, len(data.rows))
         self.fill.append(data.num_tokens / (rows * self.prepared.limits.device_tokens))
@@ -226,8 +261,9 @@ class Session:
         record = {
             "kind": "step", "step": p.step, "epoch": round(p.epoch, 6), "loss": result.loss, "lr": result.rates,
             "grad_norm": result.grad_norm, "grad_norm_parts": result.grad_norm_parts, "applied": result.applied,
-            "tokens": data.num_tokens, "supervised": data.num_supervised, "samples": data.num_samples, "rows": len(data.rows),
-            "image_tokens": int(sum((r.kind_T != 0).sum() for r in data.rows)), "padding": 0, "fill": round(self.fill[-1], 4),
+            "tokens": data.num_tokens, "supervised": data.num_supervised, "samples": data.num_samples,
+            "image_tokens": int(sum((r.kind_T != 0).sum() for r in data.rows)), "padding": 0,
+            "rows": len(data.rows), "fill": round(self.fill[-1], 4),
             "tokens_per_second": data.num_tokens / seconds, "samples_per_second": data.num_samples / seconds,
             "step_seconds": seconds, "data_wait_seconds": data.wait_seconds, "rss_bytes": peak_rss_bytes(),
         }  # fmt: skip
@@ -243,8 +279,8 @@ class Session:
             self._write_ledger()
             reasons = Counter(f"LOAD_{reason}" for reason, _ in self.dropped.values())
             said = ", ".join(f"{n} {r}" for r, n in reasons.most_common())
-            raise DataError("TOO_MANY_DROPPED", f"{gone} of {counts['read']} rows are dropped, {said} while training; more than "
-                            f"data.max_dropped = {data.max_dropped}", where=str(self.output / "ledger.parquet"),
+            text = f"{gone} of {counts['read']} rows are dropped, {said} while training; more than data.max_dropped = "
+            raise DataError("TOO_MANY_DROPPED", f"{text}{data.max_dropped}", where=str(self.output / "ledger.parquet"),
                             remedy="restore these pictures and run again, or raise data.max_dropped")  # fmt: skip
 
     def _event(self, name: str, fields: dict[str, Any]) -> None:
@@ -265,7 +301,14 @@ class Session:
             self.heldout[found["when"]] = scores
             self.heldout.update(found.get("extra", {}))
             write_atomically(self.output / "heldout.json", json.dumps(self.heldout).encode())
-        self.sinks.write({"kind": "eval", "step": p.step, "loss": scores.get("loss"), "metrics": {k: v for k, v in scores.items() if k != "loss"}})
+        self.sinks.write(
+            {
+                "kind": "eval",
+                "step": p.step,
+                "loss": scores.get("loss"),
+                "metrics": {k: v for k, v in scores.items() if k != "loss"},
+            }
+        )
         text = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
         self.terminal.event("eval", f"held out, step {p.step}: {text}", step=p.step, **scores)
 
@@ -274,7 +317,13 @@ class Session:
     def _save(self, p: Progress, metrics: dict[str, float] | None) -> None:
         self.clock.lap("train")
         finite = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
-        about = {"identity": self.identity, "metrics": finite, "tune": self.run_file.tune.kind, "total_steps": self.total}
+        about = {
+            "identity": self.identity,
+            "metrics": finite,
+            "tune": self.run_file.tune.kind,
+            "total_steps": self.total,
+            "warmed": self.warmed,
+        }
         published = self.store.publish(p.step, lambda folder: self._write(folder, p), about)
         keep = run_folder.best_step(self.store, self.run_file.save.keep_best, score)
         self.store.purge(self.run_file.save.keep_last, keep)
@@ -285,10 +334,10 @@ class Session:
         write_state(folder / "state", self.built.optimizer, p)
         base, family = self.prepared.model_folder, self.prepared.family
         pixels = {"min_pixels": family.pixels.min_pixels, "max_pixels": family.pixels.max_pixels}
-        if self.built.tuned.peft is not None:
-            write_adapter(
-                folder / "model", self.built.tuned.peft, base, str(base), getattr(torch, self.run_file.tune.saved), pixels=pixels
-            )
+        tune = self.run_file.tune
+        if isinstance(tune, Lora):
+            dtype = getattr(torch, tune.saved)
+            write_adapter(folder / "model", self.built.tuned.peft, base, str(base), dtype, pixels=pixels)
         else:
             write_model(folder / "model", self.built.tuned.model, base, self.built.precision.saved,
                         shard_gb=self.run_file.save.shard_gb, pixels=pixels)  # fmt: skip
