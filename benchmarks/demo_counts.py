@@ -38,7 +38,10 @@ def run_values(folder: Path, model: Path, output: Path, partial: str) -> dict:
         "model": {"path": str(model)},
         "data": {
             "train": [
-                {"path": str(folder / "mllm_demo.json"), "format": {"kind": "sharegpt", "messages_column": "messages", **TAGS}},
+                {
+                    "path": str(folder / "mllm_demo.json"),
+                    "format": {"kind": "sharegpt", "messages_column": "messages", **TAGS},
+                },
                 {"path": str(folder / "identity.json"), "format": "alpaca"},
                 {"path": str(folder / "alpaca_en_demo.json"), "format": "alpaca"},
             ],
@@ -69,7 +72,9 @@ def main() -> None:
             members = collections.Counter(int(m) for step in prepared.plan.steps() for m in step.members)
             assert prepared.plan.num_steps() == steps, (partial, prepared.plan.num_steps())
             assert partial == "drop" or set(members.values()) == {3}
-            print(f"{partial}: {counts['read']} samples, {steps} steps, each sample {sorted(set(members.values()))} times")
+            print(
+                f"{partial}: {counts['read']} samples, {steps} steps, each sample {sorted(set(members.values()))} times"
+            )
         if arguments.train:
             outcome = train(from_tree(Tree(run_values(arguments.folder.resolve(), model, work / "run", "carry")), None))
             shown = {k: v for k, v in outcome.summary.items() if k != "losses"}

@@ -76,11 +76,12 @@ class Cases:
         session.Session = Faulty  # type: ignore[misc]
         session.write_report = lambda folder: folder
         torch.set_num_threads(1)
-        reference, _ = child(lambda: self.train(work / "first", keep=9))
-        self.reference = reference
+        whole, _ = child(lambda: self.train(work / "first", keep=9))
         for step in (2, 3):
             shutil.rmtree(work / "first" / "checkpoints" / f"step-{step:08d}")
-        (work / "run").mkdir()
+        shutil.copytree(work / "first", work / "run")
+        self.reference, _ = child(lambda: self.train(work / "run"))  # counts the calls, those of the purge too
+        assert {**whole, "calls": 0} == {**self.reference, "calls": 0}
 
     def train(self, folder: Path, k: int = -1, mode: int = BEFORE, keep: int = 1) -> dict[str, Any]:
         Faulty.k, Faulty.mode = k, mode

@@ -24,7 +24,12 @@ NEW = ["<loc>", "<loc_long>"]
 @pytest.fixture
 def located_data(tmp_path: Path) -> Path:
     rows = [
-        {"messages": [{"role": "user", "content": f"where is {w}? <|im_end|>"}, {"role": "assistant", "content": f"at <loc>{w}<loc_long>."}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"where is {w}? <|im_end|>"},
+                {"role": "assistant", "content": f"at <loc>{w}<loc_long>."},
+            ]
+        }
         for w in tiny.WORDS * 2
     ]
     path = tmp_path / "train.jsonl"
@@ -67,6 +72,12 @@ def test_their_rows_train_and_are_saved(tmp_path: Path, located_data: Path, tune
 
 
 def test_frozen_rows_are_refused(tmp_path: Path, qwen25: Path, located_data: Path) -> None:
-    run = runs.located(tmp_path / "run", qwen25, located_data, model={"add_tokens": NEW}, tune={"kind": "freeze", "train": ["language"]})
+    run = runs.located(
+        tmp_path / "run",
+        qwen25,
+        located_data,
+        model={"add_tokens": NEW},
+        tune={"kind": "freeze", "train": ["language"]},
+    )
     with pytest.raises(ConfigError, match="embeddings"):
         build(prepare(run, Terminal("quiet")))

@@ -274,6 +274,8 @@ def test_modules_named_in_prose_exist() -> None:
     """`lensmith/data/encode.py`, `data/encode.py`, `tests/tiny.py`, `qwen3_vl_lora_sft.yaml`."""
     for page in PAGES:
         for name in re.findall(r"`([\w./]+\.(?:py|yaml|jinja))`", prose(page)):
-            places = [folder / name for folder in (ROOT, PACKAGE, PACKAGE / "quickstart", ROOT / "examples", page.parent)]
+            places = [
+                folder / name for folder in (ROOT, PACKAGE, PACKAGE / "quickstart", ROOT / "examples", page.parent)
+            ]
             known = name in ("run.yaml", "messages.py") or "NAME" in name
             assert known or any(place.exists() for place in places), f"{page.name}: {name}"

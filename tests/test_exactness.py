@@ -25,7 +25,11 @@ from lensmith.report.terminal import Terminal
 
 LORA = {"kind": "lora", "rank": 4}
 FULL = {"kind": "full"}
-LAYOUTS = {"packed": {"device_tokens": 4096}, "small rows": {"device_tokens": 256}, "one by one": {"packing": False, "device_tokens": 256}}
+LAYOUTS = {
+    "packed": {"device_tokens": 4096},
+    "small rows": {"device_tokens": 256},
+    "one by one": {"packing": False, "device_tokens": 256},
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +48,14 @@ def test_layouts_have_one_trajectory(tmp_path: Path, qwen25: Path, chat: Path, t
     """20 steps at 1e-3 in float32: losses within 1e-5; the way moved within 1e-4 (the design's measure)."""
     found = {}
     for name, batch in LAYOUTS.items():
-        run = runs.located(tmp_path / name, qwen25, chat, tune=tune, batch=batch, train={"max_steps": 20}, data={"max_tokens": 256})
+        run = runs.located(
+            tmp_path / name, qwen25, chat, tune=tune, batch=batch, train={"max_steps": 20}, data={"max_tokens": 256}
+        )
         out = runs.quiet_train(run)
         found[name] = (out.summary["losses"], trained(Path(out.summary["checkpoint"])))
-    prepared = prepare(runs.located(tmp_path / "start", qwen25, chat, tune=tune, data={"max_tokens": 256}), Terminal("quiet"))
+    prepared = prepare(
+        runs.located(tmp_path / "start", qwen25, chat, tune=tune, data={"max_tokens": 256}), Terminal("quiet")
+    )
     start = {n: p.detach().clone() for n, p in build(prepared).optimizer.named}
     losses, weights = found["one by one"]
     moved = np.sqrt(sum(float((weights[n] - start[n]).square().sum()) for n in start))
@@ -58,10 +66,14 @@ def test_layouts_have_one_trajectory(tmp_path: Path, qwen25: Path, chat: Path, t
         assert gap / moved <= 1e-4, (name, gap / moved)
 
 
-@pytest.mark.parametrize("tune", [FULL, LORA, {"kind": "freeze", "train": ["projector", "language"]}], ids=["full", "lora", "freeze"])
+@pytest.mark.parametrize(
+    "tune", [FULL, LORA, {"kind": "freeze", "train": ["projector", "language"]}], ids=["full", "lora", "freeze"]
+)
 def test_layouts_have_one_gradient(tmp_path: Path, qwen25: Path, chat: Path, tune: dict[str, Any]) -> None:
     """Gradients per tensor within 1e-5 relative, at the same weights."""
-    run = runs.located(tmp_path / "run", qwen25, chat, tune=tune, batch={"samples": 12}, vision_cache={"enabled": False})
+    run = runs.located(
+        tmp_path / "run", qwen25, chat, tune=tune, batch={"samples": 12}, vision_cache={"enabled": False}
+    )
     prepared = prepare(run, Terminal("quiet"))
     built = build(prepared)
     if tune is LORA:  # B starts at zero, which would hide errors in A's gradient
@@ -69,11 +81,18 @@ def test_layouts_have_one_gradient(tmp_path: Path, qwen25: Path, chat: Path, tun
         for name, p in built.optimizer.named:
             if "lora_B" in name:
                 torch.nn.init.normal_(p, std=0.1)
-    gradients = {name: _gradient(prepared, built, Limits(b["device_tokens"] * 2, packing=b.get("packing", True))) for name, b in LAYOUTS.items()}
+    gradients = {
+        name: _gradient(prepared, built, Limits(b["device_tokens"] * 2, packing=b.get("packing", True)))
+        for name, b in LAYOUTS.items()
+    }
     alone = gradients["one by one"]
     assert set(alone) == {n for n, _ in built.optimizer.named}
     for name in ("packed", "small rows"):
-        worst = max(float((gradients[name][n] - g).norm() / g.norm().clamp_min(1e-12)) for n, g in alone.items() if g.norm() > 1e-7)
+        worst = max(
+            float((gradients[name][n] - g).norm() / g.norm().clamp_min(1e-12))
+            for n, g in alone.items()
+            if g.norm() > 1e-7
+        )
         assert worst <= 1e-5, (name, worst)
 
 
@@ -124,7 +143,9 @@ def _plain_loop(run: Any, folder: Path, tune: dict[str, Any], steps: int) -> lis
         total = 0.0
         for inputs, labels in batch:
             logits = model(**inputs).logits[0, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=IGNORED, reduction="sum") / count
+            loss = (
+                torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=IGNORED, reduction="sum") / count
+            )
             loss.backward()
             total += float(loss.detach())
         optimizer.step()
@@ -160,10 +181,16 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, qwen25: Path, chat: Path
     final = Path(whole.summary["checkpoint"]) / "state" / "training.safetensors"
     for step in range(1, 12):
         folder = tmp_path / f"from-{step}"
-        shutil.copytree(whole.folder, folder, ignore=lambda d, names, s=step: [n for n in names if n.startswith("step-") and int(n[5:]) > s])
+        shutil.copytree(
+            whole.folder,
+            folder,
+            ignore=lambda d, names, s=step: [n for n in names if n.startswith("step-") and int(n[5:]) > s],
+        )
         resumed = runs.quiet_train(runs.located(folder, qwen25, chat, **over))
         assert resumed.summary["losses"] == whole.summary["losses"]
-        assert (Path(resumed.summary["checkpoint"]) / "state" / "training.safetensors").read_bytes() == final.read_bytes()
+        assert (
+            Path(resumed.summary["checkpoint"]) / "state" / "training.safetensors"
+        ).read_bytes() == final.read_bytes()
         lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [x["step"] for x in lines if x["kind"] == "step"] == list(range(1, 13))
         shutil.rmtree(folder)

@@ -144,7 +144,7 @@ def test_ledger_balances_and_keeps_the_origin_of_what_was_dropped(tmp_path: Path
     assert (more.source, more.read, more.train) == ("more.jsonl", 140, 80)
     assert more.dropped == {"TOO_LONG": 58, "IMAGE_MISSING": 1, "IMAGE_BROKEN": 1}
     assert (vqa.read, vqa.train, vqa.tokens, vqa.supervised, vqa.images) == (300, 300, 30300, 900, 300)
-    assert tables.ledger(ledger.counts).footer[1:4] == ("440", "380", "60")
+    assert tables.ledger(ledger.counts).footer[1:5] == ("440", "380", "0", "60")
     assert next(iter(ledger.dropped_rows()))[0] == "more.jsonl:140"
     assert len(list(ledger.dropped_rows(5))) == 5 and len(list(ledger.dropped_rows())) == 60
 

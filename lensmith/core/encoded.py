@@ -33,7 +33,9 @@ class Segment:
     prefix_length: int = 0
 
     def moved(self, by: int) -> Segment:
-        return Segment(self.start + by, self.length, self.prefix_start + by if self.prefix_length else 0, self.prefix_length)
+        return Segment(
+            self.start + by, self.length, self.prefix_start + by if self.prefix_length else 0, self.prefix_length
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,4 +94,6 @@ class Sample:
 
     def _branches(self) -> list[list[Part]]:
         branches = (self.content,) if isinstance(self.content, Document) else self.content
-        return [list(b.parts) if isinstance(b, Document) else [p for m in b.messages for p in m.parts] for b in branches]
+        return [
+            list(b.parts) if isinstance(b, Document) else [p for m in b.messages for p in m.parts] for b in branches
+        ]

@@ -24,9 +24,9 @@ class Source(Part):
     """Folder that relative picture paths count from. Left out: the folder of the data file."""
     name: str | None = None
     """Name in ledger, log and report. Left out: the file name."""
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0)
     """Weight of this source's tokens in the loss."""
-    max_samples: int | None = Field(None, ge=1)
+    max_samples: int | None = Field(default=None, ge=1)
     """Read only the first so many rows."""
 
 
@@ -49,27 +49,27 @@ class Data(Part):
     """Sources to train on: a path, a list of paths, or a list of sources."""
     eval: Sources = ()
     """Held-out sources."""
-    holdout: float = Field(0.0, ge=0, lt=1)
+    holdout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training pictures whose samples are held out instead (split by picture, never by row; a sample
     without pictures counts as its own). Used when `eval` is empty."""
     media_roots: tuple[str, ...] = ()
     """Folders that absolute picture paths may point into. Relative paths stay inside `media_dir` or one of these."""
-    max_tokens: int = Field(2048, ge=8)
+    max_tokens: int = Field(default=2048, ge=8)
     """Longest sample in tokens, images included."""
     too_long: Literal["drop", "cut"] = "drop"
     """`drop`: a longer sample is left out, with its lengths in the ledger. `cut`: whole trailing messages are cut, then
     as `drop`. An image block is never cut."""
-    min_pixels: int | None = Field(None, ge=1)
+    min_pixels: int | None = Field(default=None, ge=1)
     """Pictures below this area are enlarged. Left out: the model's own setting."""
-    max_pixels: int | None = Field(None, ge=1)
+    max_pixels: int | None = Field(default=None, ge=1)
     """Pictures above this area are reduced. Left out: the model's own setting."""
     image: ImageLimits = ImageLimits()
     """What a picture may be at all."""
-    max_dropped: float = Field(0.05, ge=0, le=1)
+    max_dropped: float = Field(default=0.05, ge=0, le=1)
     """The run stops before step 1 when a larger share of the rows is dropped."""
-    max_row_bytes: int = Field(64 << 20, ge=1024)
+    max_row_bytes: int = Field(default=64 << 20, ge=1024)
     """Longest row that is read."""
-    workers: int | None = Field(None, ge=0)
+    workers: int | None = Field(default=None, ge=0)
     """Processes that read and decode ahead of training. Left out: one less than the processors this process may use,
     at most 4; 0 reads in the training process."""
     cache: str | None = None
@@ -79,13 +79,13 @@ class Data(Part):
 class Batch(Part):
     """How many samples make a step, and how many tokens a device takes at once."""
 
-    samples: int | None = Field(None, ge=1)
+    samples: int | None = Field(default=None, ge=1)
     """Samples of one optimizer step over all devices. Exactly one of `samples` and `tokens`; left out both: 16."""
-    tokens: int | None = Field(None, ge=1)
+    tokens: int | None = Field(default=None, ge=1)
     """A step takes the next samples as long as they have no more tokens than this in all."""
-    device_tokens: int | None = Field(None, ge=8)
+    device_tokens: int | None = Field(default=None, ge=8)
     """Tokens of one packed row (a micro-batch). Left out: `data.max_tokens`, at least 4096."""
-    device_patches: int | None = Field(None, ge=1)
+    device_patches: int | None = Field(default=None, ge=1)
     """Most vision patches of one packed row. A sample with more of its own still trains, alone."""
     partial: Literal["carry", "epoch_end", "drop"] = "carry"
     """What an epoch's last samples do that do not fill a step: `carry` them into the next epoch's first step, make a

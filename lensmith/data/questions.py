@@ -83,6 +83,8 @@ def picture_row(loader: Loader, questions: Sequence[Question], known: dict[str, 
     pictures = Pictures(loader, known)
     order = [n for q in questions for n in pictures.add(q.file, q.prompt, q.origin)]
     empty = np.zeros(0, np.int32)
-    row = PackedRow(empty, np.zeros(0, np.int8), np.zeros((3, 0), np.int32), (), empty, empty, np.zeros(0, np.float32), empty)
+    row = PackedRow(
+        empty, np.zeros(0, np.int8), np.zeros((3, 0), np.int32), (), empty, empty, np.zeros(0, np.float32), empty
+    )
     pictures.fill(row, order)
     return row

@@ -1,5 +1,8 @@
 """Random state: set once from the seed, saved and restored bit by bit. No pickle."""
 
+# pyright: reportUnknownMemberType=false
+# (the stubs of torch and safetensors leave parts of these types open)
+
 from __future__ import annotations
 
 import json

@@ -145,7 +145,9 @@ class Loop:
         return by_steps or (s.every_minutes is not None and time.monotonic() - last_save >= 60 * s.every_minutes)
 
     def _evaluation_due(self, done: int) -> bool:
-        return self.evaluate_every is not None and done % self.evaluate_every == 0
+        """Every so many steps, and at the last one, so that the last checkpoint has figures."""
+        every = self.evaluate_every
+        return every is not None and (done % every == 0 or done == self.total_steps)
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
         """Whether `save.keep_best` asks for a checkpoint here."""

@@ -1,5 +1,8 @@
 """AdamW over named parameters, with float32 masters where parameters are kept in half precision."""
 
+# pyright: reportUnknownMemberType=false
+# (the stubs of torch and safetensors leave parts of these types open)
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import Field
 
 from lensmith.config.part import Part, choice
 
+TrainedPart = Literal["vision", "projector", "language", "embeddings", "head", "adapter"]
+
 
 class PartRate(Part):
     """Rates of one part that differ from the optimizer's."""
 
-    lr: float | None = Field(None, ge=0)
+    lr: float | None = Field(default=None, ge=0)
     """Learning rate of this part."""
-    weight_decay: float | None = Field(None, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
     """Weight decay of this part."""
 
 
@@ -22,28 +24,28 @@ class AdamW(Part):
     """AdamW (arXiv 1711.05101), fused where torch has it."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-4, ge=0)
+    lr: float = Field(default=1e-4, ge=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the two moments."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """Added to the denominator."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay; never on vectors (norms, biases)."""
-    parts: dict[Literal["vision", "projector", "language", "embeddings", "head", "adapter"], PartRate] = Field({})
+    parts: dict[TrainedPart, PartRate] = Field(default_factory=dict[TrainedPart, PartRate])
     """Other rates for single parts, e.g. {vision: {lr: 2e-6}}."""
 
     def rate(self, part: str) -> tuple[float, float]:
         """(learning rate, weight decay) of a part."""
-        own = self.parts.get(part, PartRate())  # type: ignore[call-overload]
+        own = cast("dict[str, PartRate]", self.parts).get(part, PartRate())
         lr = self.lr if own.lr is None else own.lr
         return lr, self.weight_decay if own.weight_decay is None else own.weight_decay
 
 
 class _Warm(Part):
-    warmup_steps: int | None = Field(None, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0)
     """Steps of linear warm-up from 0. Wins over `warmup`."""
-    warmup: float = Field(0.03, ge=0, le=1)
+    warmup: float = Field(default=0.03, ge=0, le=1)
     """Share of all steps that warm up."""
 
 
@@ -57,7 +59,7 @@ class Linear(_Warm):
     """Warm-up, then a straight line to `final` of the peak."""
 
     kind: Literal["linear"] = "linear"
-    final: float = Field(0.0, ge=0, le=1)
+    final: float = Field(default=0.0, ge=0, le=1)
     """Share of the peak rate at the last step."""
 
 
@@ -65,7 +67,7 @@ class Cosine(_Warm):
     """Warm-up, then half a cosine to `final` of the peak."""
 
     kind: Literal["cosine"] = "cosine"
-    final: float = Field(0.0, ge=0, le=1)
+    final: float = Field(default=0.0, ge=0, le=1)
     """Share of the peak rate at the last step."""
 
 
@@ -73,9 +75,9 @@ class WSD(_Warm):
     """Warm-up, stable, decay (arXiv 2404.06395): constant, then a straight line to `final` over the last `decay`."""
 
     kind: Literal["wsd"] = "wsd"
-    decay: float = Field(0.1, gt=0, le=1)
+    decay: float = Field(default=0.1, gt=0, le=1)
     """Share of all steps that decay."""
-    final: float = Field(0.0, ge=0, le=1)
+    final: float = Field(default=0.0, ge=0, le=1)
     """Share of the peak rate at the last step."""
 
 
@@ -88,22 +90,22 @@ class EarlyStop(Part):
 
     metric: str = "loss"
     """`loss`, or a metric of the evaluation such as `exact_match`."""
-    patience: int = Field(3, ge=1)
+    patience: int = Field(default=3, ge=1)
     """Evaluations without improvement before the run stops."""
-    min_change: float = Field(0.0, ge=0)
+    min_change: float = Field(default=0.0, ge=0)
     """Smaller improvements do not count."""
 
 
 class Train(Part):
     """Length and conduct of the run."""
 
-    epochs: float | None = Field(1.0, gt=0)
+    epochs: float | None = Field(default=1.0, gt=0)
     """Passes over the data. null: endless, bounded by `max_steps`."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many steps."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides order, initialisation of adapters and dropout."""
-    clip_norm: float | None = Field(1.0, gt=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest gradient norm; larger ones are scaled down. null: never."""
     recompute: bool = False
     """Keep only the inputs of each block and compute the rest again in the backward pass: less memory, a third more
@@ -112,9 +114,9 @@ class Train(Part):
     """torch.compile every block of the language model."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """Threads of torch on a CPU. Left out: the processors this process may use, less the data workers, at least 1."""
-    max_bad_steps: int = Field(3, ge=0)
+    max_bad_steps: int = Field(default=3, ge=0)
     """Steps in a row with a non-finite loss or gradient, each vetoed, before the run stops."""
     early_stop: EarlyStop | None = None
     """Left out: never early."""
@@ -123,13 +125,13 @@ class Train(Part):
 class Save(Part):
     """When checkpoints are made and which are kept."""
 
-    every_steps: int | None = Field(None, ge=1)
+    every_steps: int | None = Field(default=None, ge=1)
     """Save after so many steps. The end of the run is always saved."""
-    every_minutes: float | None = Field(None, gt=0)
+    every_minutes: float | None = Field(default=None, gt=0)
     """Save when the last save is so long ago."""
-    keep_last: int = Field(2, ge=1)
+    keep_last: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""
     keep_best: str | None = None
     """Keep also the best by this held-out metric: `loss` or e.g. `exact_match`."""
-    shard_gb: float = Field(5.0, gt=0)
+    shard_gb: float = Field(default=5.0, gt=0)
     """Largest file of full weights, in GB."""

@@ -1,5 +1,8 @@
 """The training state of a checkpoint: float32 parameters and moments by name, random state, progress. No pickle."""
 
+# pyright: reportUnknownVariableType=false
+# (the stubs of torch and safetensors leave parts of these types open)
+
 from __future__ import annotations
 
 import json

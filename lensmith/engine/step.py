@@ -1,5 +1,8 @@
 """One optimizer step: micro-batches forward and backward, one division by the global count, guard, clip, update."""
 
+# pyright: reportUnknownMemberType=false
+# (the stubs of torch and safetensors leave parts of these types open)
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lensmith.engine.optimizer import MasterAdamW
 
@@ -54,7 +58,7 @@ def run_step(
     finite = _finite(loss) and _finite(norm)
     if finite:
         if clip_norm is not None and norm > clip_norm:
-            torch._foreach_mul_([g for _, g in optimizer.gradients()], clip_norm / (norm + 1e-6))
+            clip_grads_with_norm_(optimizer.parameters(), clip_norm, torch.tensor(norm))
         optimizer.step(factor)
     rates = optimizer.rates()
     optimizer.zero_grad()
@@ -70,7 +74,4 @@ def _norms(optimizer: MasterAdamW, part_of: Callable[[str], str]) -> dict[str, t
     by_part: dict[str, list[torch.Tensor]] = {}
     for name, grad in optimizer.gradients():
         by_part.setdefault(part_of(name), []).append(grad)
-    return {
-        part: torch.stack(torch._foreach_norm(grads)).float().square().sum().sqrt().cpu()
-        for part, grads in by_part.items()
-    }
+    return {part: get_total_norm(grads).float().cpu() for part, grads in by_part.items()}

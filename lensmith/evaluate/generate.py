@@ -51,7 +51,9 @@ def greedy(
         mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(prompts), 1)], dim=1)
         at = (next_position + step)[None, :, None].expand(3, -1, -1)
         no_image = torch.zeros(len(prompts), 1, dtype=torch.bool, device=device)
-        out = family.hidden(model, chosen[:, None], None, no_image, at, attention_mask=mask_BL, use_cache=True, past_key_values=cache)
+        out = family.hidden(
+            model, chosen[:, None], None, no_image, at, attention_mask=mask_BL, use_cache=True, past_key_values=cache
+        )
     return answers
 
 

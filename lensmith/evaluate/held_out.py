@@ -106,7 +106,9 @@ class Answers:
                 stop=self._stop, max_new_tokens=self.rule.max_new_tokens, device=self.root.device,
             )  # fmt: skip
         self.root.model.train(training)
-        return [Answered(q, self.loader.tokenizer.decode(i, control=False).strip()) for q, i in zip(batch, ids, strict=True)]
+        return [
+            Answered(q, self.loader.tokenizer.decode(i, control=False).strip()) for q, i in zip(batch, ids, strict=True)
+        ]
 
     def scores(self, answered: Sequence[Answered]) -> dict[str, float]:
         references = [a.question.reference for a in answered]

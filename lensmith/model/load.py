@@ -23,8 +23,11 @@ def tensor_dtypes(folder: Path) -> dict[str, torch.dtype]:
     if not files:
         pickled = [f.name for f in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]]
         extra = f"; {pickled[0]} is a pickle and is never read" if pickled else ""
-        raise ModelError("UNSAFE_FORMAT" if pickled else "WEIGHTS", f"no .safetensors file in {folder}{extra}",
-                         remedy="convert the weights to safetensors" if pickled else "")  # fmt: skip
+        raise ModelError(
+            "UNSAFE_FORMAT" if pickled else "WEIGHTS",
+            f"no .safetensors file in {folder}{extra}",
+            remedy="convert the weights to safetensors" if pickled else "",
+        )
     found: dict[str, torch.dtype] = {}
     for file in files:
         for name, entry in read_header(file).items():
@@ -75,18 +78,33 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
     config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
-        raise ModelError("ATTENTION", f"layers of kind {sorted(kinds)}: packed rows need full attention", where=str(folder / "config.json"),
-                         remedy="set use_sliding_window: false in the model's config.json")  # fmt: skip
+        raise ModelError(
+            "ATTENTION",
+            f"layers of kind {sorted(kinds)}: packed rows need full attention",
+            where=str(folder / "config.json"),
+            remedy="set use_sliding_window: false in the model's config.json",
+        )
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=NAME, use_safetensors=True, trust_remote_code=False,
-            local_files_only=True, output_loading_info=True,
-        )  # fmt: skip
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=NAME,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        model, info = loaded
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError("WEIGHTS", f"transformers cannot load it: {error}", where=str(folder)) from None
     wrong = [*info["missing_keys"], *(str(k) for k in info.get("mismatched_keys", ()))]
     if wrong:
-        raise ModelError("WEIGHTS", f"{len(wrong)} tensors are missing or misshapen: {', '.join(sorted(wrong)[:5])}", where=str(folder))
+        raise ModelError(
+            "WEIGHTS",
+            f"{len(wrong)} tensors are missing or misshapen: {', '.join(sorted(wrong)[:5])}",
+            where=str(folder),
+        )
     model.config.use_cache = False
     return model.to(device)
 

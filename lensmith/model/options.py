@@ -47,9 +47,9 @@ class Freeze(Part):
     kind: Literal["freeze"] = "freeze"
     train: tuple[PartName, ...] = ("language",)
     """Parts that train: vision, projector, language, embeddings, head."""
-    first_layers: int | None = Field(None, ge=1)
+    first_layers: int | None = Field(default=None, ge=1)
     """Of each trained part with layers, only the first so many."""
-    last_layers: int | None = Field(None, ge=1)
+    last_layers: int | None = Field(default=None, ge=1)
     """Of each trained part with layers, only the last so many."""
 
 
@@ -57,11 +57,11 @@ class Lora(Part):
     """Low-rank adapters through PEFT (arXiv 2106.09685)."""
 
     kind: Literal["lora"] = "lora"
-    rank: int = Field(8, ge=1)
+    rank: int = Field(default=8, ge=1)
     """Rank r of the update."""
-    alpha: float | None = Field(None, gt=0)
+    alpha: float | None = Field(default=None, gt=0)
     """The update is scaled by alpha / r (alpha / sqrt(r) with rslora). Left out: 2 r."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) (arXiv 2312.03732)."""
@@ -83,11 +83,9 @@ class VisionCache(Part):
 
     enabled: bool = True
     """Off: a frozen tower runs again for every step."""
-    memory_mb: int = Field(2048, ge=0)
+    memory_mb: int = Field(default=2048, ge=0)
     """Most memory for features, in MiB; the least recently used go first."""
-    disk_mb: int = Field(0, ge=0)
+    disk_mb: int = Field(default=0, ge=0)
     """Most disk for features, in MiB; 0 keeps none on disk. Reused by later runs with equal weights and settings."""
     folder: str | None = None
     """Where features go on disk. Left out: beside the index cache."""
-
-

@@ -30,7 +30,9 @@ class VisionLanguage(Protocol):
     def encode_images(self, model: nn.Module, pixels_PD: torch.Tensor, grids: Any) -> list[torch.Tensor]: ...
     def tower_only(self, model: nn.Module, pixels_PD: torch.Tensor, grids: Any) -> list[torch.Tensor]: ...
     def project(self, model: nn.Module, features: list[torch.Tensor]) -> list[torch.Tensor]: ...
-    def hidden(self, model: nn.Module, ids_BT: Any, features_NH: Any, image_mask_BT: Any, position_ids_3BT: Any, **kwargs: Any) -> Any: ...
+    def hidden(
+        self, model: nn.Module, ids_BT: Any, features_NH: Any, image_mask_BT: Any, position_ids_3BT: Any, **kwargs: Any
+    ) -> Any: ...
     def part_of(self, name: str) -> str: ...
 
 
@@ -85,7 +87,8 @@ class Root(nn.Module):
         """A picture of the row has neither pixels nor features (evicted since the row was read)."""
         with_pixels = set(row.pixel_image.tolist())
         return any(
-            i not in with_pixels and (self.cache is None or feature_key(key, tuple(row.image_grids_I3[i])) not in self.cache)
+            i not in with_pixels
+            and (self.cache is None or feature_key(key, tuple(row.image_grids_I3[i])) not in self.cache)
             for i, key in enumerate(row.image_keys)
         )
 

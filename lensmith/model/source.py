@@ -25,6 +25,10 @@ def resolve(options: Model, run_folder: Path) -> Path:
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError("MODEL_PATH", f"{options.path!r} is no local folder and cannot be had from the Hub: {first}",
-                         where="model.path", remedy="name a folder with config.json, or log in with `hf auth login`") from None  # fmt: skip
+        raise ModelError(
+            "MODEL_PATH",
+            f"{options.path!r} is no local folder and cannot be had from the Hub: {first}",
+            where="model.path",
+            remedy="name a folder with config.json, or log in with `hf auth login`",
+        ) from None
     return Path(found)

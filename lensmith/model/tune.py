@@ -50,8 +50,11 @@ def apply(model: Any, tune: Full | Freeze | Lora, family: Parts, new_ids: Sequen
         _unfreeze(model, part, tune, family)
     head = "embeddings" if is_tied(model) else "head"
     if new_ids and not {"embeddings", head} <= set(tune.train):
-        raise ConfigError("TUNE", "model.add_tokens needs their rows trained, and tune.train leaves them frozen",
-                          remedy=f"add embeddings{'' if is_tied(model) else ' and head'} to tune.train")  # fmt: skip
+        raise ConfigError(
+            "TUNE",
+            "model.add_tokens needs their rows trained, and tune.train leaves them frozen",
+            remedy=f"add embeddings{'' if is_tied(model) else ' and head'} to tune.train",
+        )
     return Tuned(model)
 
 
@@ -77,15 +80,24 @@ def _lora(model: Any, tune: Lora, family: Parts, new_ids: Sequence[int]) -> Tune
     hit = {n: m for n, m in model.named_modules() if n and _matches(pattern, n)}
     names = [n for n, m in hit.items() if isinstance(m, nn.Linear)]
     if other := [n for n in hit if n not in names]:
-        raise ConfigError("TUNE", f"tune.pattern {pattern!r} also matches {other[0]!r}, which is no linear layer",
-                          remedy="end the pattern with the names of the layers, e.g. (q_proj|v_proj)")  # fmt: skip
+        raise ConfigError(
+            "TUNE",
+            f"tune.pattern {pattern!r} also matches {other[0]!r}, which is no linear layer",
+            remedy="end the pattern with the names of the layers, e.g. (q_proj|v_proj)",
+        )
     if not names:
         linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-        raise ConfigError("TUNE", f"tune.pattern {pattern!r} matches none of {len(linear)} linear layers",
-                          remedy=f"full module names look like {linear[-1]!r}")  # fmt: skip
+        raise ConfigError(
+            "TUNE",
+            f"tune.pattern {pattern!r} matches none of {len(linear)} linear layers",
+            remedy=f"full module names look like {linear[-1]!r}",
+        )
     if is_tied(model) and any("lm_head" in n for n in names):
-        raise ConfigError("TIED_HEAD", "adapters on a tied lm_head would untie it from the embedding",
-                          remedy="leave lm_head out of tune.pattern, or train `embeddings` with tune: freeze")  # fmt: skip
+        raise ConfigError(
+            "TIED_HEAD",
+            "adapters on a tied lm_head would untie it from the embedding",
+            remedy="leave lm_head out of tune.pattern, or train `embeddings` with tune: freeze",
+        )
     config = LoraConfig(
         r=tune.rank,
         lora_alpha=tune.alpha if tune.alpha is not None else 2 * tune.rank,  # type: ignore[arg-type]
@@ -134,7 +146,18 @@ def what_trains(model: nn.Module, family: Parts, lr_of: Any) -> list[dict[str, A
     rows: dict[str, dict[str, Any]] = {}
     for name, p in model.named_parameters():
         part = "adapter" if is_adapter(name) else family.part_of(name)
-        row = rows.setdefault(part, {"part": part, "tensors": 0, "parameters": 0, "trainable": 0, "dtype": set(), "lr": 0.0, "weight_decay": 0.0})
+        row = rows.setdefault(
+            part,
+            {
+                "part": part,
+                "tensors": 0,
+                "parameters": 0,
+                "trainable": 0,
+                "dtype": set(),
+                "lr": 0.0,
+                "weight_decay": 0.0,
+            },
+        )
         row["tensors"] += 1
         row["parameters"] += p.numel()
         row["dtype"].add(str(p.dtype).removeprefix("torch."))

@@ -168,7 +168,7 @@ def _content(key: str) -> str:
 
 
 def _digest(value: torch.Tensor) -> str:
-    return hashlib.blake2b(value.contiguous().view(torch.uint8).numpy(), digest_size=16).hexdigest()
+    return hashlib.blake2b(value.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def feature_key(content_key: str, grid: tuple[int, int, int]) -> str:

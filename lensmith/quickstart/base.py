@@ -3,8 +3,8 @@
     python -m lensmith.quickstart.base FOLDER
 
 makes the tokenizer, the random model and the caption data in FOLDER, runs the ordinary `train` on them twice (about 15
-minutes on one core) and writes FOLDER/after-sentences, which is what `lensmith/assets/tiny_vqa` holds. The base has seen captions
-of the training pictures only: no question, and none of the held-out pictures.
+minutes on one core) and writes FOLDER/after-sentences, which is what `lensmith/assets/tiny_vqa` holds. The base has
+seen captions of the training pictures only: no question, and none of the held-out pictures.
 
 Short captions that name colour and shape come first: with all sentences from the start, the model learns the
 language and never looks at the picture (measured: caption loss stuck at 0.43, 50 % of "is present" right).
@@ -24,9 +24,15 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CONTROL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
     "<|video_pad|>",
-)  # fmt: skip
+)
 VOCABULARY = 512
 SIDE = 112
 """Pictures are enlarged to 112 x 112: 8 x 8 patches, 16 tokens."""
@@ -69,11 +75,18 @@ def make_tokenizer(folder: Path, texts: list[str]) -> dict[str, int]:
     tok.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     size = VOCABULARY - len(CONTROL)
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, min_frequency=1, initial_alphabet=alphabet, show_progress=False))
+    tok.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
+    )
     tok.add_tokens([AddedToken(name, special=True, normalized=False) for name in CONTROL])
     folder.mkdir(parents=True, exist_ok=True)
     tok.save(str(folder / "tokenizer.json"))
-    about = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "model_max_length": 1024}
+    about = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": 1024,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=1))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return {name: tok.token_to_id(name) for name in CONTROL}
@@ -87,30 +100,57 @@ def make_random_model(folder: Path, ids: dict[str, int]) -> None:
 
     disable_progress_bar()
     text = {
-        "vocab_size": max(ids.values()) + 1, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 1024, "initializer_range": 0.08, "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True, "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
-        "pad_token_id": ids["<|endoftext|>"], "use_sliding_window": False,
+        "vocab_size": max(ids.values()) + 1,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.08,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+        "use_sliding_window": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-    }  # fmt: skip
+    }
     vision = {
-        "depth": 3, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 128, "window_size": 112,
-        "fullatt_block_indexes": [0, 1, 2], "initializer_range": 0.08, "tokens_per_second": 2,
-    }  # fmt: skip
+        "depth": 3,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_heads": 4,
+        "out_hidden_size": 128,
+        "window_size": 112,
+        "fullatt_block_indexes": [0, 1, 2],
+        "initializer_range": 0.08,
+        "tokens_per_second": 2,
+    }
     config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True,
-    )  # fmt: skip
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     model.generation_config.eos_token_id = ids["<|im_end|>"]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     model.save_pretrained(folder)
     pixels = {
-        "image_processor_type": "Qwen2VLImageProcessor", "size": {"shortest_edge": SIDE**2, "longest_edge": SIDE**2}, "patch_size": 14,
-        "merge_size": 2, "temporal_patch_size": 2, "do_convert_rgb": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }  # fmt: skip
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "size": {"shortest_edge": SIDE**2, "longest_edge": SIDE**2},
+        "patch_size": 14,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "do_convert_rgb": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=1))
 
 
@@ -127,7 +167,9 @@ def make(folder: Path) -> Path:
     if not (folder / "random").is_dir():
         rng = random.Random(1)
         texts = [t for p in pictures for q, a in p.questions for t in (q, a, f"{a}.", f" {a}")]
-        texts += [easy_vqa.caption(k, rng) for p in pictures for _ in range(4) if (k := easy_vqa.facts(p)).colour or k.shape]
+        texts += [
+            easy_vqa.caption(k, rng) for p in pictures for _ in range(4) if (k := easy_vqa.facts(p)).colour or k.shape
+        ]
         texts += ["user\n", "assistant\n", "system\n"] * 2000
         make_random_model(folder / "random", make_tokenizer(folder / "random", texts))
         easy_vqa.write_lines(folder / "names.jsonl", easy_vqa.name_rows("train", 2, folder / "mirrored"))
@@ -140,7 +182,15 @@ def make(folder: Path) -> Path:
         train(path)
         model = folder / f"after-{stage}"
         if not model.exists():
-            export(folder / f"run-{stage}", model, base=None, merge=True, dtype=None, shard_gb=5.0, terminal=Terminal("quiet"))
+            export(
+                folder / f"run-{stage}",
+                model,
+                base=None,
+                merge=True,
+                dtype=None,
+                shard_gb=5.0,
+                terminal=Terminal("quiet"),
+            )
     return model
 
 

@@ -23,12 +23,20 @@ def quickstart(folder: Path, overrides: Sequence[str], terminal: Terminal) -> No
     if not run_file.is_file():
         pictures = easy_vqa.pictures("train")[0].path.parents[2]
         template = (Path(__file__).parent / "quickstart.yaml").read_text(encoding="utf-8")
-        run_file.write_text(template.format(model=json.dumps(str(MODEL)), pictures=json.dumps(str(pictures))), encoding="utf-8")
-    terminal.event("quickstart", f"easy-vqa: 38,575 questions on 4,000 pictures to learn from, 9,673 on 1,000 others to be asked; files in {folder}",
-                   folder=str(folder))  # fmt: skip
+        run_file.write_text(
+            template.format(model=json.dumps(str(MODEL)), pictures=json.dumps(str(pictures))), encoding="utf-8"
+        )
+    terminal.event(
+        "quickstart",
+        "easy-vqa: 38,575 questions on 4,000 pictures to learn from, 9,673 on 1,000 others to be asked; "
+        f"files in {folder}",
+        folder=str(folder),
+    )
     from lensmith.recipe.train import train
     from lensmith.report.tables import held_out
 
     outcome = train(run_file, overrides, terminal=terminal)
     terminal.show("held_out", held_out(outcome.summary["heldout"]))
-    terminal.event("report", f"Open {outcome.folder / 'report.html'} in a browser.", path=str(outcome.folder / "report.html"))
+    terminal.event(
+        "report", f"Open {outcome.folder / 'report.html'} in a browser.", path=str(outcome.folder / "report.html")
+    )

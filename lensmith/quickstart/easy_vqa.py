@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +94,11 @@ def caption(known: Facts, rng: random.Random) -> str:
     """One declarative sentence that is true of the picture: what it shows, or what it does not."""
     c, s = known.colour, known.shape
     if (c or s) and rng.random() < 0.30:
-        choices = [f"a {c} {s}", f"the {c} shape is a {s}", f"the {s} is {c}", f"the color of the {s} is {c}"] if c and s else []
+        choices = (
+            [f"a {c} {s}", f"the {c} shape is a {s}", f"the {s} is {c}", f"the color of the {s} is {c}"]
+            if c and s
+            else []
+        )
         choices += [f"a {c} shape", f"the shape is {c}", f"the color of the shape is {c}"] if c else []
         choices += [f"the shape in the image is a {s}"] if s else []
         return rng.choice(choices) + "."
@@ -115,7 +118,9 @@ def _sentence(thing: str, present: bool, rng: random.Random) -> str:
         verdict = "is present" if present else "is not present"
         return rng.choice([f"a {thing} {verdict}.", f"in the image a {thing} {verdict}."])
     if present:
-        return rng.choice([f"there is a {thing}.", f"there is a {thing} in the image.", f"the image does contain a {thing}."])
+        return rng.choice(
+            [f"there is a {thing}.", f"there is a {thing} in the image.", f"the image does contain a {thing}."]
+        )
     return rng.choice([
         f"there is not a {thing}.", f"there is not a {thing} in the image.", f"there is no {thing} in the image.",
         f"the image does not contain a {thing}.", f"no {thing} is present.",

@@ -97,7 +97,11 @@ def build(prepared: Prepared) -> Built:
         for block in prepared.family.blocks(model, "language"):
             block.compile()
     root = Root(
-        model, prepared.family, NextTokenLoss(), autocast=Autocast(device.type, plan.compute), cache=_cache(prepared, model)
+        model,
+        prepared.family,
+        NextTokenLoss(),
+        autocast=Autocast(device.type, plan.compute),
+        cache=_cache(prepared, model),
     )
     named = tuned.trainable()
     if not named:
@@ -138,5 +142,9 @@ def _cache(prepared: Prepared, model: torch.nn.Module) -> VisionCache | None:
     parts = ("vision", "projector") if mode == "frozen" else ("vision",)
     frozen = [(n, p) for n, p in model.named_parameters() if prepared.family.part_of(n) in parts]
     mark = fingerprint(frozen, f"{prepared.family.pixels}{mode}")
-    base = prepared.located.folder / options.folder if options.folder else cache_folder(prepared.located.run.data, prepared.located.folder)
+    base = (
+        prepared.located.folder / options.folder
+        if options.folder
+        else cache_folder(prepared.located.run.data, prepared.located.folder)
+    )
     return VisionCache(options.memory_mb << 20, options.disk_mb << 20, base / f"vision-{mark}")

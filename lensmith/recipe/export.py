@@ -23,7 +23,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def export(
-    checkpoint: Path, output: Path, *, base: str | None, merge: bool, dtype: str | None, shard_gb: float, terminal: Terminal
+    checkpoint: Path,
+    output: Path,
+    *,
+    base: str | None,
+    merge: bool,
+    dtype: str | None,
+    shard_gb: float,
+    terminal: Terminal,
 ) -> Path:
     """Write `output` whole or not at all. Raises `UserError`s; never overwrites a folder."""
     if output.exists():
@@ -61,7 +68,9 @@ def _model_folder(path: Path, terminal: Terminal) -> Path:
     raise ModelError("CHECKPOINT", "neither a run folder, a checkpoint nor a model folder", where=str(path))
 
 
-def _write(folder: Path, staging: Path, *, adapter: bool, base: str | None, dtype: torch.dtype | None, shard_gb: float) -> None:
+def _write(
+    folder: Path, staging: Path, *, adapter: bool, base: str | None, dtype: torch.dtype | None, shard_gb: float
+) -> None:
     cpu = torch.device("cpu")
     if not adapter:
         model = load_model(folder, dtype or base_dtype(folder), cpu)

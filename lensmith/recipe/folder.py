@@ -102,13 +102,18 @@ def versions(prepared: Prepared) -> dict[str, Any]:
 
 
 def ledger(prepared: Prepared, dropped_at_load: list[tuple[int, str, str]]) -> pa.Table:
-    """One row per sample read; samples dropped at load have the verdict `drop` and the reason `LOAD_...`."""
+    """One row per sample read: `train`, `drop`, or `held_out` for what `data.holdout` took. Samples dropped at load have
+    the verdict `drop` and the reason `LOAD_...`."""
     table = prepared.read.ledger()
-    if not dropped_at_load:
+    split = prepared.held is not None and not prepared.located.run.data.eval
+    held = set(prepared.held.column("origin").tolist()) if prepared.held is not None and split else set[str]()
+    if not dropped_at_load and not held:
         return table
     by_origin = {prepared.train.column("origin")[n]: (r, d) for n, r, d in dropped_at_load}
     columns = {name: table[name].to_pylist() for name in ("origin", "verdict", "reason", "detail")}
     for i, origin in enumerate(columns["origin"]):
+        if origin in held:
+            columns["verdict"][i] = "held_out"
         if origin in by_origin:
             columns["verdict"][i] = "drop"
             columns["reason"][i], columns["detail"][i] = f"LOAD_{by_origin[origin][0]}", by_origin[origin][1]

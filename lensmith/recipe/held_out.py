@@ -111,7 +111,7 @@ def _spread(answered: Sequence[Answered], count: int) -> list[Answered]:
     if not answered or not count:
         return []
     stride = max(1, len(answered) // count)
-    return list(answered[:: stride][:count])
+    return list(answered[::stride][:count])
 
 
 def _group(reference: str, groups: dict[str, str]) -> str | None:

@@ -94,7 +94,13 @@ def index_workers() -> int:
 
 
 def _index(
-    located: Located, sources: tuple[Source, ...], family: Any, tokenizer_json: str, cache: Path, terminal: Terminal, what: str
+    located: Located,
+    sources: tuple[Source, ...],
+    family: Any,
+    tokenizer_json: str,
+    cache: Path,
+    terminal: Terminal,
+    what: str,
 ) -> Index:
     data = located.run.data
     spec = LoaderSpec(
@@ -116,8 +122,13 @@ def _index(
 
         index = build_index(spec, cache, workers=index_workers(), progress=progress)
     counts = index.counts()
-    terminal.event("index", f"{what}: read {counts['read']:,} = train {counts['train']:,} + dropped {counts['dropped']:,}"
-                   + (f" {counts['by_reason']}" if counts["dropped"] else ""), data=what, **counts)  # fmt: skip
+    terminal.event(
+        "index",
+        f"{what}: read {counts['read']:,} = train {counts['train']:,} + dropped {counts['dropped']:,}"
+        + (f" {counts['by_reason']}" if counts["dropped"] else ""),
+        data=what,
+        **counts,
+    )
     return index
 
 
@@ -132,7 +143,9 @@ def source_files(sources: tuple[Source, ...], folder: Path) -> tuple[SourceFile,
         for path in paths:
             base = data_root(path, source.media_dir, folder)
             shown = str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
-            found.append(SourceFile(name, str(path), source.format, str(base), source.weight, source.max_samples, shown))
+            found.append(
+                SourceFile(name, str(path), source.format, str(base), source.weight, source.max_samples, shown)
+            )
     return tuple(found)
 
 
@@ -151,15 +164,23 @@ def _check_counts(data: Data, read: Index, train: Index) -> list[str]:
     if not counts["read"]:
         raise DataError("NO_ROWS", "the training data has no rows")
     reasons = ", ".join(f"{n} {r}" for r, n in sorted(counts["by_reason"].items(), key=lambda i: -i[1]))
-    first = "".join(f"\n  {r['origin']}: {r['reason']} {r['detail'] or ''}" for r in read.dropped.slice(0, 10).to_pylist())
+    first = "".join(
+        f"\n  {r['origin']}: {r['reason']} {r['detail'] or ''}" for r in read.dropped.slice(0, 10).to_pylist()
+    )
     if not len(train.trainable):
-        raise DataError("NO_SAMPLES", f"no sample can be trained: {reasons or 'all are held out'}{first}",
-                        remedy="TOO_LONG: raise data.max_tokens or lower data.max_pixels; else mend the rows")  # fmt: skip
+        raise DataError(
+            "NO_SAMPLES",
+            f"no sample can be trained: {reasons or 'all are held out'}{first}",
+            remedy="TOO_LONG: raise data.max_tokens or lower data.max_pixels; else mend the rows",
+        )
     share = counts["dropped"] / counts["read"]
     if share > data.max_dropped:
-        raise DataError("TOO_MANY_DROPPED", f"{counts['dropped']} of {counts['read']} rows are dropped ({reasons}), more than "
-                        f"data.max_dropped = {data.max_dropped}{first}",
-                        remedy="mend these rows, or raise data.max_dropped")  # fmt: skip
+        raise DataError(
+            "TOO_MANY_DROPPED",
+            f"{counts['dropped']} of {counts['read']} rows are dropped ({reasons}), more than "
+            f"data.max_dropped = {data.max_dropped}{first}",
+            remedy="mend these rows, or raise data.max_dropped",
+        )
     return [f"{counts['dropped']} of {counts['read']} rows are dropped: {reasons}"] if counts["dropped"] else []
 
 

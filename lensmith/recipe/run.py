@@ -25,7 +25,7 @@ class Log(Part):
 
     sinks: tuple[SinkConfig, ...] = ()
     """More places: `tensorboard`, `wandb`, `trackio`, `mlflow`."""
-    every_steps: int = Field(0, ge=0)
+    every_steps: int = Field(default=0, ge=0)
     """Print a line (in JSON mode an event) for every so many steps; 0: the progress bar alone. Every step is written
     to metrics.jsonl."""
 
@@ -74,11 +74,17 @@ class Run(Part):
                 remedy="a row must hold the longest sample: raise the first or lower the second",
             )
         if self.train.epochs is None and self.train.max_steps is None:
-            raise ConfigError("CONFIG", "train.epochs is null and train.max_steps is not set", remedy="set train.max_steps")
-        held = bool(d.eval) or d.holdout > 0
-        if not held and (self.evaluate.every_steps or self.evaluate.generate or self.train.early_stop or self.save.keep_best):
             raise ConfigError(
-                "CONFIG", "evaluation is asked for, but there is no held-out data", remedy="set data.eval or data.holdout"
+                "CONFIG", "train.epochs is null and train.max_steps is not set", remedy="set train.max_steps"
+            )
+        held = bool(d.eval) or d.holdout > 0
+        if not held and (
+            self.evaluate.every_steps or self.evaluate.generate or self.train.early_stop or self.save.keep_best
+        ):
+            raise ConfigError(
+                "CONFIG",
+                "evaluation is asked for, but there is no held-out data",
+                remedy="set data.eval or data.holdout",
             )
         return self
 
@@ -108,7 +114,9 @@ class Located:
             source["media_dir"] = source["media_dir"] and self._absolute(source["media_dir"])
         values["data"]["media_roots"] = [self._absolute(root) for root in values["data"]["media_roots"]]
         values["data"]["cache"] = values["data"]["cache"] and self._absolute(values["data"]["cache"])
-        values["vision_cache"]["folder"] = values["vision_cache"]["folder"] and self._absolute(values["vision_cache"]["folder"])
+        values["vision_cache"]["folder"] = values["vision_cache"]["folder"] and self._absolute(
+            values["vision_cache"]["folder"]
+        )
         if (self.folder / Path(values["model"]["path"]).expanduser()).is_dir():
             values["model"]["path"] = self._absolute(values["model"]["path"])
         values["output"] = str(self.output)
@@ -128,5 +136,3 @@ def load_run(file: str | Path, overrides: Sequence[str] = ()) -> Located:
 
 def from_tree(tree: Tree, file: Path | None, name: str = "run") -> Located:
     return Located(build(Run, tree), file, name)
-
-

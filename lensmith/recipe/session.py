@@ -197,10 +197,9 @@ class Session:
             steps = self.pipeline.steps(progress.step, progress.cursor)
             if self.dry_run:
                 steps = (s for s in [next(steps)])
-            before = progress.step
-            loop.run(steps)
-            if progress.step != before:  # figures of an earlier end are void: the run was made longer, or fell back
+            if remaining > 0:  # figures of an earlier end are void: the run was made longer, or fell back
                 self.heldout.pop("after", None)
+            loop.run(steps)
         self.clock.lap("train")
 
     def _warm(self) -> None:
@@ -261,14 +260,20 @@ class Session:
         record = {
             "kind": "step", "step": p.step, "epoch": round(p.epoch, 6), "loss": result.loss, "lr": result.rates,
             "grad_norm": result.grad_norm, "grad_norm_parts": result.grad_norm_parts, "applied": result.applied,
-            "tokens": data.num_tokens, "supervised": data.num_supervised, "samples": data.num_samples,
+            "tokens": data.num_tokens, "supervised": sum(len(r.supervised_S) for r in data.rows), "samples": data.num_samples,
             "image_tokens": int(sum((r.kind_T != 0).sum() for r in data.rows)), "padding": 0,
             "rows": len(data.rows), "fill": round(self.fill[-1], 4),
             "tokens_per_second": data.num_tokens / seconds, "samples_per_second": data.num_samples / seconds,
             "step_seconds": seconds, "data_wait_seconds": data.wait_seconds, "rss_bytes": peak_rss_bytes(),
         }  # fmt: skip
+        if torch.cuda.is_available():
+            record["gpu_bytes"] = torch.cuda.max_memory_allocated()
         self.sinks.write(record)
         self.bar.advance(1, f"loss {result.loss:.4f}")
+        every = self.run_file.log.every_steps
+        if every and p.step % every == 0:
+            shown = {k: record[k] for k in ("step", "epoch", "loss", "grad_norm", "tokens_per_second")}
+            self.terminal.event("step", **shown)
         self._check_dropped()
 
     def _check_dropped(self) -> None:
@@ -290,7 +295,7 @@ class Session:
     def _evaluate(self, p: Progress) -> dict[str, float]:
         assert self.held is not None
         self.clock.lap("train")
-        found = self.held.measure("during")
+        found = self.held.measure("after" if p.step >= self.total else "during")
         self._record_eval(p, found)
         self.clock.lap("evaluate")
         return found["scores"]

@@ -14,23 +14,26 @@ from lensmith.report.terminal import Terminal
 
 
 class Clock:
-    """Wall and CPU seconds per phase (CPU of this process and of its finished children)."""
+    """Wall and CPU seconds per phase. CPU is of this process; that of its worker processes is `workers`, counted when
+    they have ended."""
 
     def __init__(self) -> None:
         self.wall: dict[str, float] = {}
         self.cpu: dict[str, float] = {}
-        self._wall, self._cpu = time.perf_counter(), 0.0
+        self._wall, self._cpu = time.perf_counter(), cpu_seconds()
+        self._workers = cpu_seconds(resource.RUSAGE_CHILDREN)
 
     def lap(self, phase: str) -> None:
         wall, cpu = time.perf_counter(), cpu_seconds()
         self.wall[phase] = self.wall.get(phase, 0.0) + wall - self._wall
         self.cpu[phase] = self.cpu.get(phase, 0.0) + cpu - self._cpu
         self._wall, self._cpu = wall, cpu
+        self.cpu["workers"] = cpu_seconds(resource.RUSAGE_CHILDREN) - self._workers
 
 
-def cpu_seconds() -> float:
-    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(r.ru_utime + r.ru_stime for r in both)
+def cpu_seconds(who: int = resource.RUSAGE_SELF) -> float:
+    used = resource.getrusage(who)
+    return used.ru_utime + used.ru_stime
 
 
 def peak_rss_bytes() -> int:
@@ -63,5 +66,3 @@ def train(
     terminal = terminal or Terminal("normal")
     with Session(located, terminal, clock, dry_run=dry_run) as session:
         return Outcome(session.output, session.run())
-
-

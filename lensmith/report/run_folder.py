@@ -79,13 +79,16 @@ def read_ledger(path: Path) -> Ledger:
     except (pa.ArrowException, OSError) as error:
         raise _broken(path, str(error)) from None
     trained = pc.field("verdict") == "train"
-    dropped = table.filter(~trained)
+    held = pc.field("verdict") == "held_out"
+    dropped = table.filter(~trained & ~held)
     counts = {source: SourceCount(source) for source in table["source"].unique().to_pylist()}
     sums = [(name, "sum") for name in ("tokens", "supervised", "images")]
     for row in table.filter(trained).group_by("source").aggregate([("verdict", "count"), *sums]).to_pylist():
         count = counts[row["source"]]
         count.train = row["verdict_count"]
         count.tokens, count.supervised, count.images = (row[f"{name}_sum"] or 0 for name, _ in sums)
+    for row in table.filter(held).group_by("source").aggregate([("verdict", "count")]).to_pylist():
+        counts[row["source"]].held_out = row["verdict_count"]
     for row in dropped.group_by(["source", "reason"]).aggregate([("verdict", "count")]).to_pylist():
         counts[row["source"]].dropped[str(row["reason"])] = row["verdict_count"]
     return Ledger(list(counts.values()), dropped.select(list(DROPPED_COLUMNS)))

@@ -27,6 +27,7 @@ class SourceCount:
 
     source: str
     train: int = 0
+    held_out: int = 0
     dropped: dict[str, int] = field(default_factory=dict[str, int])
     tokens: int = 0
     supervised: int = 0
@@ -34,7 +35,7 @@ class SourceCount:
 
     @property
     def read(self) -> int:
-        return self.train + sum(self.dropped.values())
+        return self.train + self.held_out + sum(self.dropped.values())
 
 
 def number(value: Any) -> str:
@@ -106,11 +107,12 @@ def _trains_cell(row: Mapping[str, Any], name: str) -> str:
 
 
 def ledger(counts: Sequence[SourceCount]) -> Table:
-    """read = train + dropped, per source and in total, with the reasons of the dropped."""
-    columns = ("Source", "Read", "Trained", "Dropped", "Reasons", "Tokens", "Supervised", "Images")
+    """read = trained + held out + dropped, per source and in total, with the reasons of the dropped."""
+    columns = ("Source", "Read", "Trained", "Held out", "Dropped", "Reasons", "Tokens", "Supervised", "Images")
     total = SourceCount("Total")
     for count in counts:
         total.train += count.train
+        total.held_out += count.held_out
         total.tokens += count.tokens
         total.supervised += count.supervised
         total.images += count.images
@@ -123,7 +125,7 @@ def ledger(counts: Sequence[SourceCount]) -> Table:
 def _ledger_row(count: SourceCount) -> tuple[str, ...]:
     by_size = sorted(count.dropped.items(), key=lambda item: (-item[1], item[0]))
     reasons = ", ".join(f"{reason}={many:,}" for reason, many in by_size)
-    counts = (count.read, count.train, count.read - count.train)
+    counts = (count.read, count.train, count.held_out, sum(count.dropped.values()))
     rest = (count.tokens, count.supervised, count.images)
     return (count.source, *map(number, counts), reasons, *map(number, rest))
 
