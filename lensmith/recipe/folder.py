@@ -102,8 +102,8 @@ def versions(prepared: Prepared) -> dict[str, Any]:
 
 
 def ledger(prepared: Prepared, dropped_at_load: list[tuple[int, str, str]]) -> pa.Table:
-    """One row per sample read: `train`, `drop`, or `held_out` for what `data.holdout` took. Samples dropped at load have
-    the verdict `drop` and the reason `LOAD_...`."""
+    """One row per sample read: `train`, `drop`, or `held_out` for what `data.holdout` took. Samples dropped at load
+    have the verdict `drop` and the reason `LOAD_...`."""
     table = prepared.read.ledger()
     split = prepared.held is not None and not prepared.located.run.data.eval
     held = set(prepared.held.column("origin").tolist()) if prepared.held is not None and split else set[str]()

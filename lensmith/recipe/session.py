@@ -260,7 +260,8 @@ class Session:
         record = {
             "kind": "step", "step": p.step, "epoch": round(p.epoch, 6), "loss": result.loss, "lr": result.rates,
             "grad_norm": result.grad_norm, "grad_norm_parts": result.grad_norm_parts, "applied": result.applied,
-            "tokens": data.num_tokens, "supervised": sum(len(r.supervised_S) for r in data.rows), "samples": data.num_samples,
+            "tokens": data.num_tokens, "supervised": sum(len(r.supervised_S) for r in data.rows),
+            "samples": data.num_samples,
             "image_tokens": int(sum((r.kind_T != 0).sum() for r in data.rows)), "padding": 0,
             "rows": len(data.rows), "fill": round(self.fill[-1], 4),
             "tokens_per_second": data.num_tokens / seconds, "samples_per_second": data.num_samples / seconds,
