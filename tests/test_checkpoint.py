@@ -566,7 +566,6 @@ def test_how_and_where_a_run_is_computed_may_change(
     assert len(out.summary["losses"]) == 3
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 def test_packing_and_recomputation_may_change(run: Path, finished: Path, qwen25: Path, chat: Path) -> None:
     """Not the same bits, the same numbers."""
     out = runs.quiet_train(run_in(run, qwen25, chat, batch={"packing": False}, train={"recompute": True}))

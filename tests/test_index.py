@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -404,13 +405,17 @@ def test_notes_are_counted_with_their_first_row(tmp_path: Path, qwen25: Path) ->
 _handles = st.lists(st.lists(st.integers(0, 12).map(str), max_size=3), min_size=1, max_size=30)
 
 
+NOWHERE: Any = SimpleNamespace(files=())
+"""A spec of no files: these pictures count from no folder."""
+
+
 def index_of(handles: list[list[str]], texts: list[int] | None = None) -> Index:
     rows = [
         {"file": 0, "row": i, "origin": f"t:{i}", "verdict": "train", "handles": h, "notes": [],
          "digest": (texts or list(range(len(handles))))[i]}
         for i, h in enumerate(handles)
     ]  # fmt: skip
-    return Index(pa.Table.from_pylist(rows, schema=SCHEMA), None)  # type: ignore[arg-type]
+    return Index(pa.Table.from_pylist(rows, schema=SCHEMA), NOWHERE)
 
 
 @settings(max_examples=200, deadline=None)

@@ -326,7 +326,6 @@ def test_rates_and_decay_by_part_and_never_on_vectors() -> None:
     assert optimizer.rates() == pytest.approx({"vision": 0.005, "language": 0.05, "head": 0.05})
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("tune", [LORA, {"kind": "full"}], ids=["lora", "full"])
 def test_recomputation_changes_no_gradient(tmp_path: Path, qwen25: Path, chat: Path, tune: Any) -> None:
     """Blocks run twice (counted), losses and gradients are equal."""

@@ -34,10 +34,10 @@ from lensmith.core.encoded import IMAGE
 from lensmith.core.errors import ConfigError, DataError, Drop, RunError
 from lensmith.core.sample import Text
 from lensmith.core.version import VERSION as LENSMITH
-from lensmith.data.load import Loader, LoaderSpec, digest_of
+from lensmith.data.load import Loader, LoaderSpec, digest_of, portable
 from lensmith.data.readers import RowRef
 
-VERSION = 2
+VERSION = 3
 CHUNK = 256
 PARALLEL_FROM = 2000
 """Below this many rows one process is faster than starting several."""
@@ -327,7 +327,7 @@ def measure(loader: Loader, number: int, ref: RowRef) -> dict[str, Any]:
         "patches": encoded.num_patches,
         "answers": encoded.num_answers,
         "handles": list(dict.fromkeys(handles)),
-        "digest": digest_of(sample, handles),
+        "digest": digest_of(sample, [portable(h, [loader.spec.files[number].base]) for h in handles]),
         "stamp": _stamp(list(dict.fromkeys(handles)), {}),
         "notes": list(notes),
     }
@@ -380,7 +380,8 @@ def hold_out(index: Index, share: float, seed: int) -> tuple[Index, Index]:
         for other in own[1:]:
             parent[root(other)] = root(own[0])
         keys.append(own[0])
-    held = np.array([_share_of(f"{seed}:{root(k)}") < share for k in keys], bool)
+    bases = sorted({f.base for f in index.spec.files}, key=len, reverse=True)
+    held = np.array([_share_of(f"{seed}:{portable(root(k), bases)}") < share for k in keys], bool)
     return index.select(~held), index.select(held)
 
 
@@ -390,5 +391,9 @@ def _share_of(text: str) -> float:
 
 def seen_in_training(train: Index, held: Index) -> int:
     """Held-out samples whose text and pictures stand in the training data too."""
-    known = set(train.column("digest").tolist())
-    return sum(d in known for d in held.column("digest").tolist())
+    known = set(_said(train))
+    return sum(said in known for said in _said(held))
+
+
+def _said(index: Index) -> Iterator[tuple[int, tuple[str, ...]]]:
+    return ((d, tuple(h)) for d, h in zip(index.column("digest").tolist(), index.column("handles"), strict=True))

@@ -162,8 +162,13 @@ def content_key(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
+def portable(handle: str, bases: Sequence[str]) -> str:
+    """A picture's handle without the folder its source counts from, so that data may move to another place."""
+    return next((handle[len(base) + 1 :] for base in bases if handle.startswith(base + "/")), handle)
+
+
 def digest_of(sample: Sample, handles: Sequence[str]) -> int:
-    """64 bits over everything a sample says, to find evaluation rows in the training data."""
+    """64 bits over everything a sample says; `handles` as `portable` gives them."""
     h = hashlib.blake2b(digest_size=8)
     h.update(repr(_texts(sample.content)).encode("utf-8", "surrogatepass"))
     h.update(repr(list(handles)).encode("utf-8", "surrogatepass"))

@@ -30,7 +30,7 @@ def mean_loss(root: Root, pipeline: Pipeline, progress: Progress | None = None) 
     done = 0
     for step in pipeline.steps():
         for row in step.rows:
-            loss, weight = root(row if not root.missing(row) else pipeline.reread(row.members))["loss"]
+            loss, weight = root(row if root.ready(row) else pipeline.reread(row.members))["loss"]
             total += loss.double().cpu()
             count += float(weight)
         done += step.num_samples
@@ -138,13 +138,9 @@ def question_pairs(sample: Sample) -> list[tuple[str, str]]:
 
 def _picture_row(loader: Loader, batch: Sequence[Question], root: Root) -> PackedRow:
     """The distinct pictures of a batch of questions, as a row without tokens."""
-    known = root.cache.known() if root.cache is not None else {}
-    row = picture_row(loader, batch, known)
-    if root.missing(row):
-        row = picture_row(loader, batch, {})
-    if root.cache is not None:
-        root.cache.learn(row.meta["handles"])
-    return row
+    handles = {loader.handle(q.file, image, q.origin) for q in batch for image in q.images}
+    row = picture_row(loader, batch, root.cache.known(handles) if root.cache is not None else {})
+    return row if root.ready(row) else picture_row(loader, batch, {})
 
 
 def _swaps(index: Index, samples: Sequence[int]) -> dict[int, int]:

@@ -83,14 +83,17 @@ class Root(nn.Module):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def missing(self, row: PackedRow) -> bool:
-        """A picture of the row has neither pixels nor features (evicted since the row was read)."""
-        with_pixels = set(row.pixel_image.tolist())
-        return any(
-            i not in with_pixels
-            and (self.cache is None or feature_key(key, tuple(row.image_grids_I3[i])) not in self.cache)
-            for i, key in enumerate(row.image_keys)
-        )
+    def ready(self, row: PackedRow) -> bool:
+        """Every picture of the row has pixels, or features that stay until the next row is asked for. False when some
+        were evicted since the row was read: it has to be read again."""
+        have = set(row.pixel_image.tolist())
+        if self.cache is None:
+            return len(have) == len(row.image_keys)
+        grids = row.image_grids_I3.tolist()
+        keys = [feature_key(k, tuple(grids[i])) for i, k in enumerate(row.image_keys) if i not in have]
+        held = self.cache.hold(keys)
+        self.cache.learn(row.meta.get("handles", {}))
+        return held
 
     def forward(self, row: PackedRow) -> Terms:
         device = self.device

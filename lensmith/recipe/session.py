@@ -21,7 +21,7 @@ from lensmith.engine.loop import Callbacks, Loop, Progress, score
 from lensmith.engine.state import read_state, write_state
 from lensmith.engine.step import StepResult
 from lensmith.model.options import Lora
-from lensmith.model.vision_cache import VisionCache, feature_key
+from lensmith.model.vision_cache import VisionCache
 from lensmith.recipe import folder as run_folder
 from lensmith.recipe.build import build, data_workers, set_threads
 from lensmith.recipe.held_out import HeldOut
@@ -215,19 +215,12 @@ class Session:
 
     def _refresh(self, row: Any) -> Any:
         """A row all of whose pictures have pixels or features."""
-        cache = self.built.root.cache
-        if cache is None:
-            return row
-        have = set(row.pixel_image.tolist())
-        keys = [
-            feature_key(k, tuple(g))
-            for i, (k, g) in enumerate(zip(row.image_keys, row.image_grids_I3.tolist(), strict=True))
-            if i not in have
-        ]
-        if not cache.hold(keys):
+        root = self.built.root
+        if not root.ready(row):
             row = self.pipeline.reread(row.members)
-        cache.learn(row.meta["handles"])
-        if cache.trouble is not None:
+            root.ready(row)
+        cache = root.cache
+        if cache is not None and cache.trouble is not None:
             self.terminal.warning(cache.trouble)
             cache.trouble = None
         return row
