@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from lensmith.core.errors import EXIT_CRASH, ConfigError, RunError, UserError
+from lensmith.core.errors import EXIT_CRASH, ConfigError, DataError, RunError, UserError
 
 if TYPE_CHECKING:
     from lensmith.report.terminal import Terminal
@@ -106,6 +106,10 @@ def report(
     terminal = _terminal(quiet, as_json)
     from lensmith.report.page import write_report
 
+    if not any((run_folder / name).is_file() for name in ("run.yaml", "metrics.jsonl", "summary.json")):
+        raise DataError(
+            "RUN_FOLDER", "no run has left anything here", where=str(run_folder), remedy="name a run folder"
+        )
     path = write_report(run_folder)
     terminal.event("report", str(path), path=str(path))
 

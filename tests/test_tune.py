@@ -264,7 +264,7 @@ def test_full_trains_all_and_keeps_the_tie(models: Path, name: str) -> None:
     tuned = tune.apply(model, Full(), family)
     assert tune.count(model)[0] == tune.count(model)[1] == sum(p.numel() for _, p in tuned.trainable())
     assert trained(tuned) == {n for n, _ in model.named_parameters()} and "lm_head.weight" not in trained(tuned)
-    tune.dtype_of_trainable(tuned, torch.bfloat16)
+    tune.cast(model, torch.bfloat16, torch.float32)
     assert is_tied(model) and model.lm_head.weight.dtype == torch.bfloat16
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
@@ -273,7 +273,11 @@ def test_the_table_of_what_trains(models: Path) -> None:
     model, family = load(models)
     total = tune.count(model)[1]
     tuned = tune.apply(model, Lora(rank=2), family)
-    rows = {r["part"]: r for r in tune.what_trains(tuned.model, family, lambda part: (1e-4, 0.0))}
+
+    def part_of(name: str) -> str:
+        return "adapter" if tune.is_adapter(name) else family.part_of(name)
+
+    rows = {r["part"]: r for r in tune.what_trains(tuned.model, part_of, lambda part: (1e-4, 0.0))}
     assert set(rows) == {"vision", "projector", "language", "embeddings", "adapter"}
     assert sum(r["parameters"] for p, r in rows.items() if p != "adapter") == total
     assert {p for p, r in rows.items() if r["trainable"]} == {"adapter"} and rows["adapter"]["lr"] == 1e-4

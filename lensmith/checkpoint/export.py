@@ -102,6 +102,7 @@ def write_adapter(
     base_name: str,
     dtype: torch.dtype = torch.float32,
     *,
+    revision: str | None = None,
     pixels: dict[str, int] | None = None,
 ) -> None:
     """A PEFT adapter folder; its tensors in `dtype` (float32 unless told otherwise)."""
@@ -112,26 +113,30 @@ def write_adapter(
     state = {n: t.detach().to(dtype).cpu().contiguous() for n, t in get_peft_model_state_dict(peft).items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = peft.peft_config["default"]
-    before = (config.base_model_name_or_path, config.inference_mode)
-    config.base_model_name_or_path, config.inference_mode = base_name, True
+    before = (config.base_model_name_or_path, config.inference_mode, config.revision)
+    config.base_model_name_or_path, config.inference_mode, config.revision = base_name, True, revision
     config.save_pretrained(folder)
-    config.base_model_name_or_path, config.inference_mode = before
+    config.base_model_name_or_path, config.inference_mode, config.revision = before
     carry(folder, base, pixels)
     verify_dtypes(folder, dtype, config=False)
 
 
 def carry(folder: Path, base: Path, pixels: dict[str, int] | None) -> None:
-    """Tokenizer, processor, chat template and generation config of the base; `pixels` replaces its pixel limits."""
+    """Tokenizer, processor, chat template and generation config of the base; `pixels` replaces its pixel limits, in
+    `preprocessor_config.json` and in the `processor_config.json` that transformers 5 reads first."""
     for name in CARRIED:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
-    path = folder / "preprocessor_config.json"
-    if pixels and path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["size"] = {"shortest_edge": pixels["min_pixels"], "longest_edge": pixels["max_pixels"]}
+    for name, inner in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        path = folder / name
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        settings = config if inner is None else config.get(inner)
+        if not pixels or not settings:
+            continue
+        settings["size"] = {"shortest_edge": pixels["min_pixels"], "longest_edge": pixels["max_pixels"]}
         for key in ("min_pixels", "max_pixels"):
-            if key in config:
-                config[key] = pixels[key]
+            if key in settings:
+                settings[key] = pixels[key]
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from lensmith.core.encoded import Encoded, ImageBlock
 from lensmith.core.errors import DataError, Drop
-from lensmith.core.sample import Document, Image, Sample
+from lensmith.core.sample import Document, Image, Sample, Text
 from lensmith.data.encode import Encoder
 from lensmith.data.formats import Format, detect
 from lensmith.data.media import ImageLimits, is_data_url, parse_data_url, read_bytes, resolve_media
@@ -176,10 +176,15 @@ def digest_of(sample: Sample, handles: Sequence[str]) -> int:
 
 
 def _texts(content: Any) -> Any:
+    """Texts, what of them is trained, roles, calls and tools; pictures only by their place."""
     branches = content if isinstance(content, tuple) else (content,)
     return [
-        [getattr(p, "text", None) for p in b.parts]
+        _parts(b.parts)
         if isinstance(b, Document)
-        else [(m.role, [getattr(p, "text", None) for p in m.parts], m.tool_calls) for m in b.messages]
+        else (b.tools, [(m.role, m.trained, _parts(m.parts), m.tool_calls) for m in b.messages])
         for b in branches
     ]
+
+
+def _parts(parts: Sequence[Any]) -> list[Any]:
+    return [(p.text, p.train) if isinstance(p, Text) else None for p in parts]

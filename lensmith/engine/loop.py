@@ -176,7 +176,7 @@ def score(metrics: dict[str, float], name: str) -> float | None:
     value = metrics.get(name)
     if value is None or value - value != 0.0:
         return None
-    return -value if "loss" in name else value
+    return -value if name == "loss" else value
 
 
 class Interrupted(Exception):

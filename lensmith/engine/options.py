@@ -127,8 +127,8 @@ class Save(Part):
 
     every_steps: int | None = Field(default=None, ge=1)
     """Save after so many steps. The end of the run is always saved."""
-    every_minutes: float | None = Field(default=None, gt=0)
-    """Save when the last save is so long ago."""
+    every_minutes: float | None = Field(default=30.0, gt=0)
+    """Save when the last save is so many minutes ago. null: not by time."""
     keep_last: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""
     keep_best: str | None = None

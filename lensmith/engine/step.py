@@ -48,8 +48,9 @@ def run_step(
     total = torch.zeros((), dtype=torch.float64)
     for row in rows:
         loss_sum, _ = root(row)["loss"]
-        (loss_sum / count).backward()
-        optimizer.collect()
+        if loss_sum.requires_grad:  # a row without pictures has no gradient when only the vision path trains
+            (loss_sum / count).backward()
+            optimizer.collect()
         total += loss_sum.detach().double().cpu()
     loss = float(total / count)
     norms = _norms(optimizer, part_of)

@@ -14,6 +14,7 @@ from lensmith.core.sample import Document, Image, Sample
 from lensmith.data.index import Index
 from lensmith.data.load import Loader
 from lensmith.data.pipeline import Pipeline
+from lensmith.data.plan import Plan
 from lensmith.data.questions import Question, load_questions, picture_row, split_question
 from lensmith.evaluate.generate import greedy
 from lensmith.evaluate.metrics import by_group, commonest_answers, exact_match
@@ -24,8 +25,9 @@ Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
-def mean_loss(root: Root, pipeline: Pipeline, progress: Progress | None = None) -> float:
-    """Loss sum over supervised tokens of the whole held-out set, divided once."""
+def mean_loss(root: Root, pipeline: Pipeline, dropped: dict[str, str], progress: Progress | None = None) -> float:
+    """Loss sum over supervised tokens of the whole held-out set, divided once. Samples whose pictures do not decode go
+    into `dropped` (origin -> reason)."""
     total, count = torch.zeros((), dtype=torch.float64), 0.0
     done = 0
     for step in pipeline.steps():
@@ -33,7 +35,9 @@ def mean_loss(root: Root, pipeline: Pipeline, progress: Progress | None = None) 
             loss, weight = root(row if root.ready(row) else pipeline.reread(row.members))["loss"]
             total += loss.double().cpu()
             count += float(weight)
-        done += step.num_samples
+        for number, reason, detail in step.dropped:
+            dropped[pipeline.index.column("origin")[number]] = f"{reason} {detail}"
+        done += step.num_samples + len(step.dropped)
         if progress is not None:
             progress(done, pipeline.plan.num_samples)
     return float(total / count) if count else float("nan")
@@ -58,33 +62,36 @@ class Answers:
 
     def __post_init__(self) -> None:
         self.loader = self.index.spec.build()
+        self.dropped: dict[str, str] = {}
+        """Origin -> why a held-out sample could not be asked."""
         self._stop = {self.loader.tokenizer.control(self.family.turn_end)}
         self._stop |= {i for n, i in self.loader.tokenizer.added.items() if n == self.family.end_of_document}
 
     def samples(self, limit: int | None) -> list[int]:
+        """At most `limit` samples: always the same ones, drawn over the whole set."""
         n = len(self.index.trainable)
         most = min(x for x in (n, limit, self.rule.max_samples) if x is not None)
-        return list(range(most))
+        return sorted(Plan(n, seed=0).order(0)[:most].tolist())
 
     def run(self, samples: Sequence[int], *, swapped: bool = False, progress: Progress | None = None) -> list[Answered]:
         """Answers in sample order. `swapped`: each sample is shown the pictures of another one."""
         pictures = _swaps(self.index, samples) if swapped else {}
         out: list[Answered] = []
         batch: list[Question] = []
-        used = 0
+        longest = 0
         for n, number in enumerate(samples):
             file, ref = self.index.refs[number]
             try:
                 questions = load_questions(self.loader, file, ref, self._pictures_of(pictures.get(number)))
-            except Drop:
+            except Drop as drop:
+                self.dropped[self.index.column("origin")[number]] = str(drop)
                 continue
             for question in questions:
-                size = question.prompt.num_tokens
-                if batch and (used + size) > self.rule.batch_tokens:
+                longest = max(longest, question.prompt.num_tokens)
+                if batch and longest * (len(batch) + 1) > self.rule.batch_tokens:
                     out += self._answer(batch)
-                    batch, used = [], 0
+                    batch, longest = [], question.prompt.num_tokens
                 batch.append(question)
-                used += size
             if progress is not None:
                 progress(n + 1, len(samples))
         return out + (self._answer(batch) if batch else [])
@@ -96,9 +103,15 @@ class Answers:
         return file, self.loader.sample(file, ref).images()
 
     def _answer(self, batch: list[Question]) -> list[Answered]:
+        try:
+            row = _picture_row(self.loader, batch, self.root)
+        except Drop:
+            batch = [q for q in batch if self._decodes(q)]
+            if not batch:
+                return []
+            row = _picture_row(self.loader, batch, self.root)
         training = self.root.model.training
         self.root.model.eval()
-        row = _picture_row(self.loader, batch, self.root)
         with torch.no_grad(), self.root.autocast():
             features = self.root.features(row)
             ids = greedy(
@@ -109,6 +122,14 @@ class Answers:
         return [
             Answered(q, self.loader.tokenizer.decode(i, control=False).strip()) for q, i in zip(batch, ids, strict=True)
         ]
+
+    def _decodes(self, question: Question) -> bool:
+        try:
+            picture_row(self.loader, [question], {})
+        except Drop as drop:
+            self.dropped[question.origin] = str(drop)
+            return False
+        return True
 
     def scores(self, answered: Sequence[Answered]) -> dict[str, float]:
         references = [a.question.reference for a in answered]

@@ -46,9 +46,8 @@ def load_family(
         raise ModelError("MODEL_TYPE", f"model_type {model_type!r} is not a known family",
                          where=str(folder / "config.json"),
                          remedy=f"known: {known}; docs/adding_a_family.md shows how to add one")  # fmt: skip
-    preprocessor = read_json(folder / "preprocessor_config.json") or read_json(folder / "processor_config.json").get(
-        "image_processor", {}
-    )
+    newer = read_json(folder / "processor_config.json").get("image_processor")  # transformers 5 reads this one first
+    preprocessor = newer or read_json(folder / "preprocessor_config.json")
     preprocessor = dict(preprocessor)
     if min_pixels or max_pixels:
         size = dict(preprocessor.get("size") or {})

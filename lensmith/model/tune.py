@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -141,11 +141,11 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
-def what_trains(model: nn.Module, family: Parts, lr_of: Any) -> list[dict[str, Any]]:
+def what_trains(model: nn.Module, part_of: Callable[[str], str], lr_of: Any) -> list[dict[str, Any]]:
     """Rows {part, tensors, parameters, trainable, dtype, lr, weight_decay} per part, adapters apart."""
     rows: dict[str, dict[str, Any]] = {}
     for name, p in model.named_parameters():
-        part = "adapter" if is_adapter(name) else family.part_of(name)
+        part = part_of(name)
         row = rows.setdefault(
             part,
             {
@@ -175,7 +175,8 @@ def count(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, g in sizes if g), sum(n for n, _ in sizes)
 
 
-def dtype_of_trainable(tuned: Tuned, dtype: torch.dtype) -> None:
-    """Put every trainable parameter (adapters too) into `dtype`, in place; tied tensors stay one."""
-    for _, p in tuned.trainable():
-        p.data = p.data.to(dtype)
+def cast(model: nn.Module, trainable: torch.dtype, frozen: torch.dtype) -> None:
+    """Put parameters into their types, in place; tied tensors stay one, buffers (rotary tables) stay as they are."""
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.data = p.data.to(trainable if p.requires_grad else frozen)

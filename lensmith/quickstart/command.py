@@ -20,7 +20,7 @@ def quickstart(folder: Path, overrides: Sequence[str], terminal: Terminal) -> No
         if not path.is_file():
             easy_vqa.write_lines(path, easy_vqa.question_rows(split))
     run_file = folder / "quickstart.yaml"
-    if not run_file.is_file():
+    if not run_file.is_file() or str(MODEL) not in run_file.read_text(encoding="utf-8"):  # made by another environment
         pictures = easy_vqa.pictures("train")[0].path.parents[2]
         template = (Path(__file__).parent / "quickstart.yaml").read_text(encoding="utf-8")
         run_file.write_text(

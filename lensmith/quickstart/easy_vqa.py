@@ -40,10 +40,11 @@ def pictures(split: str) -> list[Picture]:
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as f:
+    temporary = path.with_suffix(".tmp")  # an interrupted run leaves no half file for the next one
+    with open(temporary, "w", encoding="utf-8") as f:
         for row in rows:
             f.write(json.dumps(row) + "\n")
-    return path
+    return temporary.replace(path)
 
 
 def question_rows(split: str) -> Iterable[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +33,8 @@ class Built:
     trains: list[dict[str, Any]]
     trainable_parameters: int
     total_parameters: int
-
-    def part_of(self, name: str) -> str:
-        return "adapter" if tune.is_adapter(name) else self.root.family.part_of(name)
+    part_of: Callable[[str], str]
+    """Parameter name -> part, adapters apart."""
 
 
 def device_of(run: Run) -> torch.device:
@@ -86,33 +86,50 @@ def build(prepared: Prepared) -> Built:
     if device.type == "cpu":
         keep_freed_memory()
     seed_all(run.train.seed)
-    model = load_model(prepared.model_folder, plan.frozen, device)
+    model = load_model(prepared.model_folder, base_dtype(prepared.model_folder), device)
     new_ids = _grow(model, prepared)
     tuned = tune.apply(model, run.tune, prepared.family, new_ids)
-    tune.dtype_of_trainable(tuned, torch.float32 if isinstance(run.tune, Lora) else plan.trainable)
-    model.train()
-    if run.train.recompute:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    if run.train.compile:
-        for block in prepared.family.blocks(model, "language"):
-            block.compile()
-    root = Root(
-        model,
-        prepared.family,
-        NextTokenLoss(),
-        autocast=Autocast(device.type, plan.compute),
-        cache=_cache(prepared, model),
-    )
     named = tuned.trainable()
     if not named:
         raise ConfigError("TUNE", "nothing trains", remedy="look at tune")
-    part = lambda n: "adapter" if tune.is_adapter(n) else prepared.family.part_of(n)  # noqa: E731
+    part_of = _parts(run, prepared.family)
+    parts = [part_of(name) for name, _ in named]
+    if unused := set(run.optimizer.parts) - set(parts):
+        raise ConfigError("CONFIG", f"optimizer.parts sets rates for {sorted(unused)[0]!r}, of which nothing trains",
+                          remedy=f"what trains: {', '.join(sorted(set(parts)))}")  # fmt: skip
+    # masters and float32 parameters are made from what is on disk, before anything is rounded
     masters = plan.masters and not isinstance(run.tune, Lora)
-    optimizer = MasterAdamW(named, [part(n) for n, _ in named], run.optimizer, masters=masters)
-    trainable, total = tune.count(model)
-    return Built(
-        root, tuned, optimizer, plan, tune.what_trains(model, prepared.family, run.optimizer.rate), trainable, total
-    )
+    if not masters:
+        tune.cast(model, torch.float32 if isinstance(run.tune, Lora) else plan.trainable, plan.frozen)
+    optimizer = MasterAdamW(named, parts, run.optimizer, masters=masters)
+    if masters:
+        tune.cast(model, plan.trainable, plan.frozen)
+    _prepare_blocks(model, prepared)
+    autocast = Autocast(device.type, plan.compute)
+    root = Root(model, prepared.family, NextTokenLoss(), autocast=autocast, cache=_cache(prepared, model))
+    trains = tune.what_trains(model, part_of, run.optimizer.rate)
+    return Built(root, tuned, optimizer, plan, trains, *tune.count(model), part_of)
+
+
+def _parts(run: Run, family: Any) -> Callable[[str], str]:
+    """Parameter name -> the part whose rates it has. Adapters are one part, `adapter`, except those in a part that
+    `optimizer.parts` names."""
+
+    def part_of(name: str) -> str:
+        part = family.part_of(name)
+        return "adapter" if tune.is_adapter(name) and part not in run.optimizer.parts else part
+
+    return part_of
+
+
+def _prepare_blocks(model: Any, prepared: Prepared) -> None:
+    run = prepared.located.run
+    model.train()
+    if run.train.recompute:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if run.train.compile:
+        for block in prepared.family.blocks(model, "language"):
+            block.compile()
 
 
 def _grow(model: Any, prepared: Prepared) -> list[int]:

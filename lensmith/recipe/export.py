@@ -37,10 +37,16 @@ def export(
         raise ConfigError("OUTPUT", f"{output} exists", remedy="name a new folder")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError("DTYPE", f"--dtype {dtype!r}", remedy=f"one of {', '.join(DTYPES)}")
+    if shard_gb <= 0:
+        raise ConfigError("OUTPUT", f"--shard-gb {shard_gb} is not a size", remedy="e.g. --shard-gb 5")
     model_folder = _model_folder(checkpoint, terminal)
     staging = output.with_name(f".{output.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     adapter = (model_folder / "adapter_config.json").is_file()
+    if adapter and not merge and dtype is not None:
+        raise ConfigError("DTYPE", "--no-merge copies the adapter as it is, so --dtype means nothing",
+                          remedy="leave one of them out; tune.saved sets the type of a saved adapter")  # fmt: skip
+    terminal.event("export", f"Writing {output}", path=str(output))
     if adapter and not merge:
         shutil.copytree(model_folder, staging)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import platform
 import subprocess
@@ -89,14 +90,18 @@ def versions(prepared: Prepared) -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = None
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=prepared.located.folder, capture_output=True, text=True, check=False
-    )
+    try:
+        told = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=prepared.located.folder, capture_output=True, text=True, check=False
+        )
+        git = told.stdout.strip()
+    except OSError:  # no git on this machine
+        git = ""
     folder = prepared.model_folder
     commit = folder.name if folder.parent.name == "snapshots" else None
     return {
         "packages": packages,
-        "git": git.stdout.strip() or None,
+        "git": git or None,
         "model": {"path": prepared.located.run.model.path, "commit": commit},
     }
 
@@ -120,6 +125,23 @@ def ledger(prepared: Prepared, dropped_at_load: list[tuple[int, str, str]]) -> p
     for name in ("verdict", "reason", "detail"):
         table = table.set_column(table.schema.get_field_index(name), name, pa.array(columns[name], pa.string()))
     return table
+
+
+def base_name(prepared: Prepared) -> tuple[str, str | None]:
+    """(name, commit) of the base for an adapter's config: the Hub name where it has one, else the local folder."""
+    folder, said = prepared.model_folder, prepared.located.run.model.path
+    if folder.parent.name == "snapshots" and not (prepared.located.folder / said).is_dir():
+        return said, folder.name
+    return str(folder), None
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def losses(metrics: Path) -> list[float | None]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lensmith.checkpoint.store import write_atomically
+from lensmith.core.errors import Drop
 from lensmith.data.pipeline import Pipeline
 from lensmith.data.plan import Plan
 from lensmith.evaluate.held_out import Answered, Answers, mean_loss
@@ -26,6 +27,8 @@ class HeldOut:
         self.prepared, self.built, self.output, self.terminal = prepared, built, output, terminal
         self.held = prepared.held
         self.rule = prepared.located.run.evaluate
+        self.dropped: dict[str, str] = {}
+        self._unread: dict[str, str] = {}
         generate = self.rule.generate
         self.answers = Answers(built.root, prepared.family, self.held, generate) if generate is not None else None
 
@@ -47,7 +50,24 @@ class HeldOut:
             if when == "after":
                 extra = self._extra(samples, answered)
         root.train(training)
+        self._say_dropped()
+        if self.dropped:
+            extra["dropped"] = len(self.dropped)
         return {"when": when, "scores": scores, "extra": extra}
+
+    @property
+    def always_all(self) -> bool:
+        """Whether evaluations while training use the whole held-out set too, so that all figures are comparable."""
+        most = self.answers.rule.during if self.answers is not None else None
+        return most is None or most >= len(self.held.trainable)
+
+    def _say_dropped(self) -> None:
+        """Held-out samples whose pictures do not decode, each named once."""
+        found = dict(self.answers.dropped) if self.answers is not None else {}
+        for origin, reason in (self._unread | found).items():
+            if origin not in self.dropped:
+                self.dropped[origin] = reason
+                self.terminal.warning(f"held-out sample {origin} is left out: {reason}")
 
     def _loss(self, when: When) -> float:
         n = len(self.held.trainable)
@@ -55,7 +75,7 @@ class HeldOut:
         plan = Plan(n, seed=0, samples=min(n, 64), partial="carry", epochs=min(1.0, (most or n) / n))
         pipeline = Pipeline(self.held, plan, self.prepared.limits)
         with self.terminal.progress(f"Held-out loss, {when}", math.ceil(n * (plan.epochs or 1))) as bar:
-            return mean_loss(self.built.root, pipeline, lambda done, _: bar.advance(done - bar.done))
+            return mean_loss(self.built.root, pipeline, self._unread, lambda done, _: bar.advance(done - bar.done))
 
     def _run(self, samples: Sequence[int], title: str, *, swapped: bool = False) -> list[Answered]:
         assert self.answers is not None
@@ -95,7 +115,10 @@ class HeldOut:
         from lensmith.data.media_open import open_rgb
 
         assert self.answers is not None
-        data = self.answers.loader.bytes_of(a.question.file, a.question.images[0], a.question.origin)
+        try:
+            data = self.answers.loader.bytes_of(a.question.file, a.question.images[0], a.question.origin)
+        except Drop:  # gone since it was asked about
+            return None
         folder = self.output / "pictures"
         folder.mkdir(exist_ok=True)
         name = f"{content_key(data)[:16]}.png"

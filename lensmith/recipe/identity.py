@@ -37,6 +37,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     resolved = precision.plan(run.precision, device_of(run), base_dtype(prepared.model_folder))
     return {
         "data": _hash(digests.tobytes()),
+        "trained tokens": _hash(np.ascontiguousarray(prepared.train.column("supervised")).tobytes()),
         "num_samples": len(digests),
         "source weights": [f.weight for f in prepared.train.spec.files],
         "train.seed": run.train.seed,

@@ -86,7 +86,23 @@ class Run(Part):
                 "evaluation is asked for, but there is no held-out data",
                 remedy="set data.eval or data.holdout",
             )
+        for key, metric in (("train.early_stop", self.train.early_stop), ("save.keep_best", self.save.keep_best)):
+            if metric is not None:
+                self._measured(key, metric if isinstance(metric, str) else metric.metric)
         return self
+
+    def _measured(self, key: str, metric: str) -> None:
+        """A metric that decides something must be measured while training goes on."""
+        e = self.evaluate
+        known = ["loss"] if e.loss else []
+        if e.generate is not None:
+            known += ["exact_match", *(f"exact_match/{name}" for name in e.generate.groups)]
+        if metric not in known:
+            raise ConfigError(
+                "CONFIG", f"{key} goes by {metric!r}, which is not measured", remedy=f"measured: {', '.join(known)}"
+            )
+        if e.every_steps is None:
+            raise ConfigError("CONFIG", f"{key} needs figures while training", remedy="set evaluate.every_steps")
 
     @property
     def device_tokens(self) -> int:

@@ -100,6 +100,7 @@ class Session:
         self.identity = identity(self.prepared)
         if resume is not None:
             check_identity(resume.manifest.get("identity", {}), self.identity, str(resume.folder))
+        self.terminal.event("load", f"Loading {self.prepared.model_folder}", path=str(self.prepared.model_folder))
         self.built = build(self.prepared)
         progress = read_state(resume.folder / "state", self.built.optimizer) if resume else Progress()
         self.total = self.prepared.plan.num_steps(progress.step, progress.cursor)
@@ -131,7 +132,9 @@ class Session:
         self.losses = run_folder.losses(self.metrics.path)
         self.dropped = run_folder.dropped(self.metrics.path, self.prepared.train.column("origin").tolist())
         self.sinks = Sinks(
-            self.metrics, make_sinks(list(self.run_file.log.sinks), out, progress.step + 1), self.terminal.warning
+            self.metrics,
+            make_sinks([] if self.dry_run else list(self.run_file.log.sinks), out, progress.step + 1),
+            self.terminal.warning,
         )
         self._logging = True
         self.sinks.open(self.located.name, self.run_file.model_dump(mode="json"))
@@ -182,7 +185,8 @@ class Session:
             self.prepared.train, self.prepared.plan, self.prepared.limits, workers=data_workers(run),
             known=no_picture_known if cache is None else cache.known,
         )  # fmt: skip
-        self._warm()
+        if self.total > progress.step or self.held is not None:
+            self._warm()
         if self.held is not None and progress.step == 0 and run.evaluate.before and not self.dry_run:
             self._record_eval(progress, self.held.measure("before"))
         self.clock.lap("evaluate")
@@ -289,7 +293,7 @@ class Session:
     def _evaluate(self, p: Progress) -> dict[str, float]:
         assert self.held is not None
         self.clock.lap("train")
-        found = self.held.measure("after" if p.step >= self.total else "during")
+        found = self.held.measure("after" if p.step >= self.total and self.held.always_all else "during")
         self._record_eval(p, found)
         self.clock.lap("evaluate")
         return found["scores"]
@@ -299,7 +303,7 @@ class Session:
         if found["when"] != "during":
             self.heldout[found["when"]] = scores
             self.heldout.update(found.get("extra", {}))
-            write_atomically(self.output / "heldout.json", json.dumps(self.heldout).encode())
+            write_atomically(self.output / "heldout.json", json.dumps(run_folder.finite(self.heldout)).encode())
         self.sinks.write(
             {
                 "kind": "eval",
@@ -336,7 +340,8 @@ class Session:
         tune = self.run_file.tune
         if isinstance(tune, Lora):
             dtype = getattr(torch, tune.saved)
-            write_adapter(folder / "model", self.built.tuned.peft, base, str(base), dtype, pixels=pixels)
+            name, revision = run_folder.base_name(self.prepared)
+            write_adapter(folder / "model", self.built.tuned.peft, base, name, dtype, revision=revision, pixels=pixels)
         else:
             write_model(folder / "model", self.built.tuned.model, base, self.built.precision.saved,
                         shard_gb=self.run_file.save.shard_gb, pixels=pixels)  # fmt: skip
@@ -361,7 +366,10 @@ class Session:
         if self.dry_run:
             self.terminal.event("dry_run", "dry run: index, model, one step and one save worked; nothing is kept")
             return
-        write_atomically(self.output / "summary.json", json.dumps(self.summary, indent=1).encode())
+        write_atomically(
+            self.output / "summary.json",
+            json.dumps(run_folder.finite(self.summary), indent=1, allow_nan=False).encode(),
+        )
         report = write_report(self.output)
         self.terminal.event("checkpoint", f"checkpoint {self.summary['checkpoint']}", path=self.summary["checkpoint"])
         self.terminal.event("done", f"report {report}",

@@ -116,12 +116,15 @@ def _patch_grid(prepared: Prepared, loader: Loader, file: int, block: Any, origi
     from rich.text import Text
 
     family = prepared.family
-    data = loader.bytes_of(file, block.image, origin)
     _, rows, columns = block.grid_thw
     merge = family.pixels.merge
     if columns // merge > widest:
         return None
-    patches = loader.patches(data, block).reshape(rows // merge, columns // merge, merge * merge, 3, -1)
+    try:
+        decoded = loader.patches(loader.bytes_of(file, block.image, origin), block)
+    except Drop as drop:
+        return Text(f"[this picture does not decode: {drop}]", style="red")
+    patches = decoded.reshape(rows // merge, columns // merge, merge * merge, 3, -1)
     colours = patches.mean(axis=(2, 4)).astype(np.uint8)
     text = Text()
     for line in colours:
