@@ -51,8 +51,7 @@ class HeldOut:
                 extra = self._extra(samples, answered)
         root.train(training)
         self._say_dropped()
-        if self.dropped:
-            extra["dropped"] = len(self.dropped)
+        extra["dropped"] = len(self.dropped)
         return {"when": when, "scores": scores, "extra": extra}
 
     @property

@@ -185,7 +185,7 @@ class Session:
             self.prepared.train, self.prepared.plan, self.prepared.limits, workers=data_workers(run),
             known=no_picture_known if cache is None else cache.known,
         )  # fmt: skip
-        if self.total > progress.step or self.held is not None:
+        if self.total > progress.step or (self.held is not None and "after" not in self.heldout):
             self._warm()
         if self.held is not None and progress.step == 0 and run.evaluate.before and not self.dry_run:
             self._record_eval(progress, self.held.measure("before"))
