@@ -46,12 +46,12 @@ def export(
     if adapter and not merge and dtype is not None:
         raise ConfigError("DTYPE", "--no-merge copies the adapter as it is, so --dtype means nothing",
                           remedy="leave one of them out; tune.saved sets the type of a saved adapter")  # fmt: skip
-    terminal.event("export", f"Writing {output}", path=str(output))
-    if adapter and not merge:
-        shutil.copytree(model_folder, staging)
-    else:
-        _write(model_folder, staging, adapter=adapter, base=base, dtype=DTYPES.get(dtype or ""), shard_gb=shard_gb)
-    sync_folder(staging)
+    with terminal.progress(f"Writing {output}", None, counted=False):
+        if adapter and not merge:
+            shutil.copytree(model_folder, staging)
+        else:
+            _write(model_folder, staging, adapter=adapter, base=base, dtype=DTYPES.get(dtype or ""), shard_gb=shard_gb)
+        sync_folder(staging)
     staging.rename(output)
     terminal.event("exported", f"model written to {output}", path=str(output))
     return output

@@ -100,8 +100,8 @@ class Session:
         self.identity = identity(self.prepared)
         if resume is not None:
             check_identity(resume.manifest.get("identity", {}), self.identity, str(resume.folder))
-        self.terminal.event("load", f"Loading {self.prepared.model_folder}", path=str(self.prepared.model_folder))
-        self.built = build(self.prepared)
+        with self.terminal.progress(f"Loading {self.prepared.model_folder.name}", None, counted=False):
+            self.built = build(self.prepared)
         progress = read_state(resume.folder / "state", self.built.optimizer) if resume else Progress()
         self.total = self.prepared.plan.num_steps(progress.step, progress.cursor)
         if not self.total:

@@ -94,7 +94,7 @@ def size(count: float) -> str:
 def what_trains(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) -> Table:
     """One row per part of the model, as in `trains.json`."""
     names = ("part", "tensors", "parameters", "trainable", "dtype", "lr", "weight_decay")
-    columns = ("Part", "Tensors", "Parameters", "Trainable", "Dtype", "Learning rate", "Weight decay")
+    columns = ("Part", "Tensors", "Parameters", "Trainable", "Dtype", "Rate", "Decay")
     cells = [tuple(_trains_cell(row, name) for name in names) for row in rows]
     total = tuple(number(totals[name]) if name in totals else "" for name in names[1:])
     right = frozenset(columns) - {"Part", "Dtype"}

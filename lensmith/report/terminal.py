@@ -108,13 +108,14 @@ class Terminal:
             self.console.print(rich_table(table))
 
     @contextmanager
-    def progress(self, description: str, total: int | None) -> Iterator[Progress]:
+    def progress(self, description: str, total: int | None, *, counted: bool = True) -> Iterator[Progress]:
         """For work that may take over 2 s: a bar with the time left, or lines where a bar cannot be drawn.
 
-        `total` None means that it is not known. Yields the object whose `advance` the work calls.
+        `total` None means that it is not known (yet). `counted` False: one piece of work without steps, of which only
+        the time is shown. Yields the object whose `advance` the work calls.
         """
         if self.mode == "normal" and self.console.is_terminal:
-            with self._bar(description, total) as progress:
+            with self._bar(description, total, counted) as progress:
                 yield progress
             return
         every = JSON_EVERY_SECONDS if self.mode == "json" else LOG_EVERY_SECONDS
@@ -124,21 +125,28 @@ class Terminal:
             self._progress_line(description, progress)
 
     @contextmanager
-    def _bar(self, description: str, total: int | None) -> Iterator[Progress]:
+    def _bar(self, description: str, total: int | None, counted: bool) -> Iterator[Progress]:
         from rich import progress as rich_progress
 
-        columns = (
+        columns: list[rich_progress.ProgressColumn] = [
             rich_progress.TextColumn("{task.description}", markup=False),
             rich_progress.BarColumn(),
-            rich_progress.MofNCompleteColumn(),
             rich_progress.TimeElapsedColumn(),
-            rich_progress.TextColumn("left", style="dim"),
-            rich_progress.TimeRemainingColumn(),
-            rich_progress.TextColumn("{task.fields[note]}", style="dim", markup=False),
-        )
+        ]
+        if counted:
+            columns.insert(2, rich_progress.MofNCompleteColumn())
+            columns += [
+                rich_progress.TextColumn("left", style="dim"),
+                rich_progress.TimeRemainingColumn(),
+                rich_progress.TextColumn("{task.fields[note]}", style="dim", markup=False),
+            ]
         with rich_progress.Progress(*columns, console=self.console) as bar:
             task = bar.add_task(terminal_safe(description), total=total, note="")
-            progress = Progress(total, 0, lambda p: bar.update(task, completed=p.done, note=terminal_safe(p.note)))
+
+            def draw(p: Progress) -> None:
+                bar.update(task, completed=p.done, total=p.total, note=terminal_safe(p.note))
+
+            progress = Progress(total, 0, draw)
             yield progress
             bar.live.transient = progress.seconds < BRIEF_SECONDS
 
@@ -164,7 +172,13 @@ def rich_table(table: tables.Table) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, show_footer=bool(table.footer))
+    drawn = Table(
+        title=table.title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_footer=bool(table.footer),
+        collapse_padding=True,
+    )
     for position, name in enumerate(table.columns):
         footer = Text(terminal_safe(table.footer[position])) if table.footer else ""
         right = name in table.right
