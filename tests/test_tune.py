@@ -69,7 +69,7 @@ def test_suffixes_alone_would_train_the_vision_mlp() -> None:
 
 
 def test_parts_of_published_models() -> None:
-    """Vision, projector and language as in facts/models.md, section 2."""
+    """Vision, projector and language of the published models."""
     model, family = published("Qwen2.5-VL-7B")
     sizes: dict[str, int] = dict.fromkeys(["vision", "projector", "language", "embeddings", "head"], 0)
     for name, p in model.named_parameters():
