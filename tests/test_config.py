@@ -509,8 +509,3 @@ def test_json_schema_refuses_what_the_reader_refuses(values: dict[str, Any]) -> 
 def test_json_schema_is_one() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA.schema)
     assert not math.isnan(len(json.dumps(SCHEMA.schema, allow_nan=False)))
-
-
-def test_shipped_run_files_load() -> None:
-    for path in Path(__file__).parents[1].glob("examples/**/*.yaml"):
-        load_run(path)

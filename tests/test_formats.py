@@ -89,7 +89,7 @@ def test_marks_take_the_images_in_order() -> None:
             )
         ),
     )
-    assert (sample.origin, sample.id, sample.group, sample.notes) == ("train.jsonl:17", "7", None, ())
+    assert (sample.origin, sample.id, sample.notes) == ("train.jsonl:17", "7", ())
 
 
 def test_blocks() -> None:

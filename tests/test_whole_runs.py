@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,3 +152,9 @@ def test_pixel_limits_reach_both_processor_files(tmp_path: Path, chat: Path) -> 
     for name, inner in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         config = json.loads((folder / name).read_text())
         assert (config[inner] if inner else config)["size"]["longest_edge"] == 30_000
+
+
+def test_a_family_decides_what_packing_is_exact(tmp_path: Path, qwen25: Path, chat: Path) -> None:
+    prepared = prepare(runs.located(tmp_path / "run", qwen25, chat), QUIET)
+    alone = replace(prepared, family=SimpleNamespace(packing="one_sample_per_row"))
+    assert prepared.limits.packing and not alone.limits.packing

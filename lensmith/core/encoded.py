@@ -115,7 +115,6 @@ class PackedRow:
     pixel_image: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
     pixels_PD: npt.NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
     members: tuple[int, ...] = ()
-    num_answers: int = 0
     dropped: tuple[tuple[int, str, str], ...] = ()
     meta: dict[str, Any] = field(default_factory=dict[str, Any])
 

@@ -77,7 +77,6 @@ class Sample:
     origin: str
     content: Document | tuple[Conversation | Document, ...]
     id: str | None = None
-    group: str | None = None
     notes: tuple[str, ...] = ()
 
     def images(self) -> list[Image]:

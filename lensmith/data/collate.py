@@ -133,7 +133,6 @@ def _join(
         weight_S=(np.concatenate(weights) if weights else np.zeros(0, np.float32))[supervised],
         sample_S=(np.concatenate(owners) if owners else empty)[supervised],
         members=tuple(m.number for m, _, _ in kept),
-        num_answers=sum(e.num_answers for _, e, _ in kept),
         dropped=dropped,
     )
     pictures.fill(row, [i for _, _, found in kept for i in found])

@@ -8,7 +8,6 @@ tokens merge across the border of template and content exactly as they do in the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -47,7 +46,6 @@ class TextTokenizer:
         except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower
             raise ModelError("TOKENIZER", f"not a tokenizer.json: {error}") from None
         self.added: dict[str, int] = {t["content"]: t["id"] for t in parsed.get("added_tokens", [])}
-        self.fingerprint = hashlib.sha256(file_json.encode()).hexdigest()[:16]
         self.text_tokens = tuple(text_tokens)
         self._border = _any_of(self.added)
         self._text_border = _any_of(text_tokens)

@@ -50,7 +50,8 @@ class Prepared:
     @property
     def limits(self) -> Limits:
         run = self.located.run
-        return Limits(run.device_tokens, run.batch.device_patches, run.batch.packing)
+        packing = run.batch.packing and self.family.packing == "segments"  # a family says what is exact for it
+        return Limits(run.device_tokens, run.batch.device_patches, packing)
 
 
 def prepare(located: Located, terminal: Terminal) -> Prepared:
