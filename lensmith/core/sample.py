@@ -30,7 +30,20 @@ class Image:
     data: bytes | None = field(default=None, repr=False)
 
 
-Part = Text | Image
+@dataclass(frozen=True, slots=True)
+class Video:
+    """A video by path, by encoded bytes, or as its pictures in order (`frames`, taken `fps` a second).
+
+    Exactly one of `path`, `data` and `frames` is set.
+    """
+
+    path: str | None = None
+    data: bytes | None = field(default=None, repr=False)
+    frames: tuple[Image, ...] = ()
+    fps: float | None = None
+
+
+Part = Text | Image | Video
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +78,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Text and images in reading order; by default all text is trained (continued pretraining)."""
+    """Text, images and videos in reading order; by default all text is trained (continued pretraining)."""
 
     parts: tuple[Part, ...]
 
@@ -80,8 +93,15 @@ class Sample:
     notes: tuple[str, ...] = ()
 
     def images(self) -> list[Image]:
-        """Every image in reading order, branch by branch, with repeats."""
+        """Every image in reading order, branch by branch, with repeats. Frames of videos are not among them."""
         return [p for p in self.parts() if isinstance(p, Image)]
+
+    def videos(self) -> list[Video]:
+        return [p for p in self.parts() if isinstance(p, Video)]
+
+    def media(self) -> list[Image | Video]:
+        """Images and videos in reading order, branch by branch, with repeats."""
+        return [p for p in self.parts() if not isinstance(p, Text)]
 
     def most_images(self) -> int:
         """Images of the branch that has most."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from lensmith.config.part import Part
+from lensmith.config.part import Part, choice
 from lensmith.data.formats import Format
 from lensmith.data.media import ImageLimits
 
@@ -28,6 +28,16 @@ class Source(Part):
     """Weight of this source's tokens in the loss."""
     max_samples: int | None = Field(default=None, ge=1)
     """Read only the first so many rows."""
+    share: float = Field(default=1.0, ge=0)
+    """How much of the mixture this source is, against the others' shares (see `data.mixture`)."""
+    epochs: float | None = Field(default=None, gt=0)
+    """At most so many passes over this source, then it is left out. Left out: as `data.mixture` says."""
+    subset: str | None = None
+    """Configuration of a Hugging Face dataset."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    revision: str | None = None
+    """Commit or branch of a dataset on the Hub."""
 
 
 def _one_or_many(value: Any) -> Any:
@@ -42,11 +52,66 @@ Sources = Annotated[
 ]
 
 
+class Concat(Part):
+    """All sources as one: every sample is as likely as any other."""
+
+    kind: Literal["concat"] = "concat"
+
+
+class _Mixed(Part):
+    exhausted: Literal["repeat", "leave_out"] = "repeat"
+    """What happens to a source whose samples are used up before the run ends: it begins again, or the others go on
+    without it in their own proportions."""
+
+
+class Shares(_Mixed):
+    """Sources in fixed proportions, by their `share`."""
+
+    kind: Literal["shares"] = "shares"
+    by: Literal["samples", "tokens"] = "samples"
+    """Whether a share counts samples or tokens."""
+
+
+class Temperature(_Mixed):
+    """Sources in proportion to their number of samples to the power of 1 / `temperature` (arXiv 1907.05019, section
+    4.2), times their `share`: 1 is the natural mixture, a large one makes all sources equal."""
+
+    kind: Literal["temperature"] = "temperature"
+    temperature: float = Field(default=2.0, ge=1)
+    """Flattens the natural mixture."""
+
+
+Mixture = Annotated[Concat | Shares | Temperature, Field(discriminator="kind"), choice("concat")]
+
+
+class Documents(Part):
+    """How documents (continued pretraining) become samples."""
+
+    too_long: Literal["split", "drop"] = "split"
+    """`split`: a document of more than `max_tokens` is cut into pieces, at part borders where these fit, else behind a
+    sentence, else between two tokens; never inside an image. `drop`: it is left out."""
+    overlap: int = Field(default=0, ge=0)
+    """Tokens of a piece's end that the next piece begins with, as context that is not trained again."""
+
+
+class Stream(Part):
+    """Rows that are trained as they are read, without an index of the whole."""
+
+    window: int = Field(default=4096, ge=1)
+    """Rows that are measured together and shuffled among themselves."""
+
+
 class Data(Part):
     """Where samples come from and how they are measured."""
 
     train: Sources
     """Sources to train on: a path, a list of paths, or a list of sources."""
+    mixture: Mixture = Concat()
+    """How the sources are mixed: `concat`, `shares` or `temperature`."""
+    documents: Documents = Documents()
+    """How documents become samples."""
+    stream: Stream | None = None
+    """Train the sources as streams: nothing is measured ahead, `train.max_steps` is needed. Left out: an index first."""
     eval: Sources = ()
     """Held-out sources."""
     holdout: float = Field(default=0.0, ge=0, lt=1)
