@@ -111,7 +111,7 @@ class Data(Part):
     documents: Documents = Documents()
     """How documents become samples."""
     stream: Stream | None = None
-    """Train the sources as streams: nothing is measured ahead, `train.max_steps` is needed. Left out: an index first."""
+    """Train the sources as they are read, without an index ahead; needs `train.max_steps`."""
     eval: Sources = ()
     """Held-out sources."""
     holdout: float = Field(default=0.0, ge=0, lt=1)
