@@ -25,13 +25,13 @@ import torch
 
 from lensmith.checkpoint.store import Store
 from lensmith.core.errors import RunError
-from lensmith.recipe import session
+from lensmith.recipe import session, stage
 
 SHIM = ctypes.CDLL(os.environ["LD_PRELOAD"])
 BEFORE, MIDDLE, FULL = 0, 1, 2
 
 
-class Faulty(session.Session):
+class Faulty(stage.StageRun):
     """Fails at call `k` of the save of step 2."""
 
     k, mode, calls = -1, BEFORE, 0
@@ -73,7 +73,7 @@ class Cases:
         os.environ["LENSMITH_CACHE"] = str(work / "cache")
         self.base = tiny.make_model(work / "base")
         self.chat = tiny.make_chat(work / "chat", 12)
-        session.Session = Faulty  # type: ignore[misc]
+        session.StageRun = Faulty  # type: ignore[misc]
         session.write_report = lambda folder: folder
         torch.set_num_threads(1)
         whole, _ = child(lambda: self.train(work / "first", keep=9))

@@ -32,7 +32,7 @@ from corpus.pieces import gradient, rgb_png
 from lensmith.core.encoded import IMAGE
 from lensmith.core.errors import DataError, UserError
 from lensmith.data.formats import Messages
-from lensmith.recipe import session
+from lensmith.recipe import stage
 from lensmith.recipe.check import check
 from lensmith.recipe.prepare import Prepared
 from lensmith.recipe.run import Located
@@ -389,7 +389,7 @@ def test_text_is_never_taken_for_more_than_text(tmp_path: Path, run: Callable[..
     assert noted == [["special_in_text"], ["special_in_text"], *[[]] * 5]
     loader = prepared.read.spec.build()
     for position, text in enumerate(texts):
-        encoded = loader.encode(0, loader.sample(0, prepared.read.ref(position)[1]))
+        encoded = loader.encode(0, loader.sample(0, prepared.read.row_ref(position).row))
         controls = np.isin(encoded.ids_L, list(loader.tokenizer.added.values()))
         assert controls.sum() == 6, "system, user and assistant, each begun and ended"
         assert encoded.kind_L.max() == 0
@@ -458,7 +458,7 @@ def test_cut_keeps_whole_messages_and_whole_pictures(tmp_path: Path, run: Callab
     kept = {0: (2, 0), 1: (4, 2), 4: (2, 0)}
     for position, (messages, images) in kept.items():
         loader, other = prepared.read.spec.build(), whole.read.spec.build()
-        ref = prepared.read.ref(position)[1]
+        ref = prepared.read.row_ref(position).row
         short, full = (each.encode(0, each.sample(0, ref)) for each in (loader, other))
         n = short.num_tokens
         assert (
@@ -486,8 +486,11 @@ def test_nothing_left_to_train_after_the_cut(tmp_path: Path, run: Callable[..., 
 
 def test_documents(tmp_path: Path, run: Callable[..., Located]) -> None:
     rows = [{"text": "a red circle"}, {"text": " \n\t\u3000"}, {"text": ""}, {"text": "circle " * 3000}]
-    found = both_ways(run(write(tmp_path / "t.jsonl", *rows)))
+    file = write(tmp_path / "t.jsonl", *rows)
+    found = both_ways(run(file, data={"documents": {"too_long": "drop"}}))
     assert [r.after for r in found] == ["OK", "SKIP(EMPTY)", "SKIP(EMPTY)", "SKIP(TOO_LONG)"]
+    cut = both_ways(run(file))
+    assert [r.after for r in cut] == ["OK", "SKIP(EMPTY)", "SKIP(EMPTY)", *["OK"] * (len(cut) - 3)] and len(cut) > 10
 
 
 # --- B61, B62: across rows --------------------------------------------------------------------------------------------
@@ -547,10 +550,10 @@ def test_pictures_that_change_after_the_index(
     names = ["gone", "larger", "cut", "same", "fifo"]
     file = write(tmp_path / "t.jsonl", GOOD, *(picture(f"{n}.png") for n in names))
     located = run(file)
-    build = session.build
+    build = stage.build
 
-    def meddle(prepared: Prepared) -> Any:
-        built = build(prepared)
+    def meddle(prepared: Prepared, **carried: Any) -> Any:
+        built = build(prepared, **carried)
         (tmp_path / "gone.png").unlink()
         (tmp_path / "larger.png").write_bytes(rgb_png(gradient(60, 200)))
         (tmp_path / "cut.png").write_bytes(rgb_png(gradient(60, 60))[:-20])
@@ -559,7 +562,7 @@ def test_pictures_that_change_after_the_index(
         os.mkfifo(tmp_path / "fifo.png")
         return built
 
-    monkeypatch.setattr(session, "build", meddle)
+    monkeypatch.setattr(stage, "build", meddle)
     outcome = runs.quiet_train(located)
     ledger = pq.read_table(outcome.folder / "ledger.parquet").to_pylist()
     wanted = [None, "LOAD_IMG_MISSING", "LOAD_CHANGED", "LOAD_IMG_TRUNCATED", None, "LOAD_PATH_KIND"]

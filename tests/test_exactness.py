@@ -138,7 +138,7 @@ def _plain_loop(run: Any, folder: Path, tune: dict[str, Any], steps: int) -> lis
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     loader, losses = prepared.train.spec.build(), []
     for step in prepared.plan.steps():
-        batch = [_plain_sample(loader, processor, *prepared.train.refs[m]) for m in step.members.tolist()]
+        batch = [_plain_sample(loader, processor, prepared.train.ref(m)) for m in step.members.tolist()]
         count = sum(int((labels[:, 1:] != IGNORED).sum()) for _, labels in batch)
         total = 0.0
         for inputs, labels in batch:
@@ -156,15 +156,15 @@ def _plain_loop(run: Any, folder: Path, tune: dict[str, Any], steps: int) -> lis
     raise AssertionError("the plan ended early")
 
 
-def _plain_sample(loader: Any, processor: Any, file: int, ref: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def _plain_sample(loader: Any, processor: Any, at: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     from PIL import Image
 
-    sample = loader.sample(file, ref)
-    encoded = loader.encode(file, sample)
+    sample = loader.sample(at.file, at.row)
+    encoded = loader.encode(at.file, sample, at.cut)
     ids = torch.from_numpy(encoded.ids_L).long()[None]
     inputs = {"input_ids": ids, "mm_token_type_ids": torch.from_numpy(encoded.kind_L).int()[None]}
     if encoded.images:
-        pictures = [Image.open(loader.path(file, b.image.path, sample.origin)).convert("RGB") for b in encoded.images]
+        pictures = [Image.open(loader.path(at.file, b.image.path, sample.origin)).convert("RGB") for b in encoded.images]
         inputs |= dict(processor(pictures, return_tensors="pt"))
     labels = torch.where(torch.from_numpy(encoded.trained_L)[None], ids, IGNORED)
     return inputs, labels

@@ -31,7 +31,7 @@ from lensmith.core.errors import Drop, ModelError
 from lensmith.core.sample import Conversation, Document, Image, Message, Part, Sample, Text, ToolCall
 from lensmith.data.collate import Member, load_row
 from lensmith.data.encode import Encoder, join_branches
-from lensmith.data.load import Loader, LoaderSpec
+from lensmith.data.load import Loader, LoaderSpec, SampleRef
 from lensmith.data.media import ImageLimits
 from lensmith.data.readers import RowRef
 from lensmith.data.tokenizer import TextTokenizer
@@ -185,7 +185,10 @@ def vendor_messages(conversation: Conversation) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     for m in conversation.messages:
         texts = [p.text for p in m.parts if isinstance(p, Text)]
-        blocks = [{"type": "text", "text": p.text} if isinstance(p, Text) else {"type": "image"} for p in m.parts]
+        blocks = [
+            {"type": "text", "text": p.text} if isinstance(p, Text) else {"type": type(p).__name__.lower()}
+            for p in m.parts
+        ]
         out.append({"role": m.role, "content": "".join(texts) if len(texts) == len(m.parts) else blocks})
         if m.tool_calls:
             calls = [{"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in m.tool_calls]
@@ -525,13 +528,13 @@ def test_positions_equal_get_rope_index(kit: Kit) -> None:
 class KeepLogits:
     """An objective that also keeps what it was given."""
 
-    def terms(self, logits_SV: torch.Tensor, target_S: torch.Tensor, weight_S: torch.Tensor) -> Any:
+    def terms(self, logits_SV: torch.Tensor, target_S: torch.Tensor, weight_S: torch.Tensor, by_source: Any) -> Any:
         self.logits_SV = logits_SV.detach()
         return NextTokenLoss().terms(logits_SV, target_S, weight_S)
 
 
 def row_of(kit: Kit, samples: Sequence[Encoded]) -> PackedRow:
-    members = [Member(i, 0, RowRef(i, i + 1, 0, 0)) for i in range(len(samples))]
+    members = [Member(i, SampleRef(0, RowRef(i, i + 1, 0, 0))) for i in range(len(samples))]
     return load_row(kit.loader, members, {}, lambda m: (f"test:{m.number}", samples[m.number]))
 
 

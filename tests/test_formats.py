@@ -12,8 +12,17 @@ from corpus.make_rows import ANSWER, GOOD, USER, Case, make
 from pydantic import BaseModel, ValidationError
 
 from lensmith.core.errors import DataError, Drop
-from lensmith.core.sample import Conversation, Document, Image, Message, Sample, Text, ToolCall
-from lensmith.data.formats import Alpaca, DocumentFormat, Format, Messages, ShareGPT, detect
+from lensmith.core.sample import Conversation, Image, Message, Part, Sample, Text, ToolCall, Video
+from lensmith.data.formats import (
+    Alpaca,
+    DocumentFormat,
+    Format,
+    Interleaved,
+    Messages,
+    ShareGPT,
+    WebDataset,
+    detect,
+)
 from lensmith.data.readers import open_rows
 
 
@@ -58,7 +67,7 @@ def refused(layout: Any, row: dict[str, Any]) -> str:
     return f"{caught.value.code} {caught.value.where} {caught.value.message}"
 
 
-def user(*parts: Text | Image) -> Message:
+def user(*parts: Part) -> Message:
     return Message("user", parts)
 
 
@@ -108,8 +117,8 @@ def test_blocks() -> None:
         Image(data=b"GIF8"),
         Image(path="data:image/png;base64,AAAA"),
     )
-    blocks.append({"type": "video", "video": "x.mp4"})
-    assert "SCHEMA train.jsonl:17 messages[0].content[5].type: 'video'" in refused(Messages(), row)
+    blocks.append({"type": "audio", "audio": "x.wav"})
+    assert "SCHEMA train.jsonl:17 messages[0].content[5].type: 'audio'" in refused(Messages(), row)
 
 
 def test_columns_can_be_named() -> None:
@@ -298,20 +307,92 @@ def test_alpaca() -> None:
     assert "history[1]: is list" in refused(Alpaca(), {**row, "history": [["a", "b"], ["a"]]})
 
 
-def test_document() -> None:
-    marked = parse(DocumentFormat(), {"text": "a<image>\nb", "images": ["1.jpg"], "id": "d"})
-    assert marked.content == Document((Text("a"), Image(path="1.jpg"), Text("\nb"))) and marked.id == "d"
-    parts = [
-        {"type": "text", "text": "a <image>", "train": False},
-        {"type": "image"},
-        {"type": "text", "text": "b"},
+# --- videos -----------------------------------------------------------------------------------------------------------
+
+FRAMES = Video(frames=(Image(path="1.jpg"), Image(data=b"\xff")))
+
+
+def test_marks_take_images_and_videos_each_from_its_own_list() -> None:
+    row = {
+        "messages": [{**USER, "content": "<video>a<image><video>b<image><video>"}, ANSWER],
+        "images": ["1.jpg", "2.jpg"],
+        "videos": ["1.mp4", ["1.jpg", {"bytes": b"\xff", "path": "2.jpg"}], {"bytes": b"ftyp", "path": None}],
+    }
+    expected = user(
+        Video(path="1.mp4"), Text("a"), Image(path="1.jpg"), FRAMES, Text("b"), Image(path="2.jpg"), Video(data=b"ftyp")
+    )
+    assert talk(Messages(), row).messages[0] == expected
+    human = {"from": "human", "value": row["messages"][0]["content"]}
+    turns = {**row, "conversations": [human, {"from": "gpt", "value": "A cat."}]}
+    assert talk(ShareGPT(), turns).messages[0] == expected
+    asked = {**row, "instruction": human["value"], "output": "A cat."}
+    assert talk(Alpaca(), asked).messages[0] == expected
+    assert parse(DocumentFormat(), {**row, "text": human["value"]}).parts() == list(expected.parts)
+
+
+def test_video_blocks() -> None:
+    blocks = [
+        {"type": "video", "video": None, "fps": 2},
+        {"type": "video", "video": "own.mp4", "fps": None},
+        {"type": "video", "video": ["1.jpg", b"\xff"]},
+        {"type": "video", "video": ["1.jpg", b"\xff"], "fps": 0.5},
+        {"type": "video_url", "video_url": {"url": "far.mp4"}},
+        {"type": "text", "text": "literal <video>"},
     ]
-    row = {"text": None, "parts": parts, "images": ["1.jpg"]}
-    found = parse(DocumentFormat(), row)
-    assert found.content == Document((Text("a <image>", False), Image(path="1.jpg"), Text("b")))
-    parts[2]["train"] = False
-    assert "NO_TARGET" in refused(DocumentFormat(), row)
-    assert "has both" in refused(DocumentFormat(), {**row, "text": "x"})
+    row = {"messages": [{"role": "user", "content": blocks}, ANSWER], "video": "1.mp4"}
+    assert talk(Messages(), row).messages[0] == user(
+        Video(path="1.mp4", fps=2.0),
+        Video(path="own.mp4"),
+        FRAMES,
+        Video(frames=FRAMES.frames, fps=0.5),
+        Video(path="far.mp4"),
+        Text("literal <video>"),
+    )
+
+
+def test_a_video_alone_is_a_turn() -> None:
+    row = {"messages": [{**USER, "content": "<video>"}, {**ANSWER, "content": "A <video>"}], "videos": ["1.mp4"] * 2}
+    video = Video(path="1.mp4")
+    assert [m.parts for m in talk(Messages(), row).messages] == [(video,), (Text("A "), video)]
+
+
+def test_branches_share_videos() -> None:
+    row = {"videos": ["1.mp4"], "branches": [[{**USER, "content": f"{i}<video>"}, ANSWER] for i in range(2)]}
+    assert parse(Messages(), row).videos() == [Video(path="1.mp4")] * 2
+    row["branches"][1][0]["content"] = "none"
+    assert "VIDEO_COUNT train.jsonl:17 branches[1]: 0 video marks, 1 videos" in refused(Messages(), row)
+
+
+VIDEO_TURN = {**USER, "content": "<video>"}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"messages": [VIDEO_TURN, ANSWER]},
+            "VIDEO_COUNT train.jsonl:17 messages: 1 video marks, 0 videos in 'videos'",
+        ),
+        ({**GOOD, "videos": ["1.mp4", "2.mp4"]}, "VIDEO_COUNT train.jsonl:17 messages: 0 video marks, 2 videos"),
+        ({**GOOD, "video": "1.mp4"}, "VIDEO_COUNT"),
+        ({"messages": [VIDEO_TURN, ANSWER], "images": ["1.jpg"]}, "IMAGE_COUNT"),
+        ({**GOOD, "videos": ["1.mp4"], "video": "2.mp4"}, "SCHEMA train.jsonl:17 video: there are other videos"),
+        ({**GOOD, "videos": [[]]}, "SCHEMA train.jsonl:17 videos[0]: holds no frames"),
+        ({**GOOD, "videos": [["1.jpg", 3]]}, "SCHEMA train.jsonl:17 videos[0][1]: is int"),
+        ({**GOOD, "videos": [None]}, "SCHEMA train.jsonl:17 videos[0]: is null"),
+        ({**GOOD, "videos": ""}, "SCHEMA train.jsonl:17 videos[0]: is empty, must name a video"),
+        ({**GOOD, "audios": ["1.wav"]}, "MEDIA_KIND train.jsonl:17 audios"),
+    ],
+)
+def test_videos_that_are_refused(row: dict[str, Any], expected: str) -> None:
+    assert expected in refused(Messages(), row)
+
+
+@pytest.mark.parametrize("fps", [0, -1, True, "2", float("inf")])
+def test_fps_is_a_number_above_0(fps: object) -> None:
+    blocks = [{"type": "video", "video": "1.mp4", "fps": fps}]
+    row = {"messages": [{"role": "user", "content": blocks}, ANSWER]}
+    assert "SCHEMA train.jsonl:17 messages[0].content[0].fps: is" in refused(Messages(), row)
 
 
 # --- which format -----------------------------------------------------------------------------------------------------
@@ -348,13 +429,18 @@ def test_a_format_is_named_by_kind_or_bare_name() -> None:
         ({"instruction": "x", "output": "y", "text": "z"}, Alpaca()),
         ({"text": "x"}, DocumentFormat()),
         ({"text": None, "parts": []}, DocumentFormat()),
+        ({"texts": ["a", None], "images": [None, "1.jpg"]}, Interleaved()),
+        ({"text_list": ["a"], "image_info": []}, Interleaved()),
+        ({"__key__": "000", "jpg": b"", "json": GOOD, "text": "x"}, WebDataset()),
     ],
 )
 def test_detect(row: dict[str, Any], expected: object) -> None:
     assert detect(row, "train.jsonl:1") == expected
 
 
-@pytest.mark.parametrize("row", [{"question": "x", "answer": "y"}, {**GOOD, "chosen": "x", "rejected": "y"}, {}])
+@pytest.mark.parametrize(
+    "row", [{"question": "x", "answer": "y"}, {"texts": ["x"]}, {**GOOD, "chosen": "x", "rejected": "y"}, {}]
+)
 def test_detect_names_what_it_found(row: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"\[UNKNOWN_FORMAT\] train.jsonl:1: .*") as caught:
         detect(row, "train.jsonl:1")

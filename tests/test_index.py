@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import PIL.Image
+import PIL.ImageFile
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import tiny
 from corpus.pieces import gradient, rgb_png
@@ -19,10 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lensmith.core.errors import ConfigError, DataError, RunError
-from lensmith.data import index as index_module
+from lensmith.data import index_build
 from lensmith.data.formats import Messages
-from lensmith.data.index import SCHEMA, Index, build_index, hold_out, measure, seen_in_training
-from lensmith.data.load import Loader, LoaderSpec, SourceFile
+from lensmith.data.holdout import hold_out, seen_in_training
+from lensmith.data.index import LEDGER_SCHEMA, SCHEMA, Index
+from lensmith.data.index_build import build_index, measure
+from lensmith.data.load import Loader, LoaderSpec, SampleRef, SourceFile
 from lensmith.data.media import ImageLimits
 from lensmith.data.readers import RowRef
 from lensmith.family.registry import load_family
@@ -50,16 +53,21 @@ def spec_of(model: Path, *files: Path, **over: Any) -> LoaderSpec:
     return replace(spec, **over)
 
 
+def read_stored(path: Path) -> pa.Table:
+    with pa.OSFile(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of the rows that were really measured since the list was last cleared."""
     seen: list[int] = []
 
-    def counted(loader: Loader, number: int, ref: RowRef) -> dict[str, Any]:
+    def counted(loader: Loader, number: int, ref: RowRef) -> list[dict[str, Any]]:
         seen.append(ref.number)
         return measure(loader, number, ref)
 
-    monkeypatch.setattr(index_module, "measure", counted)
+    monkeypatch.setattr(index_build, "measure", counted)
     return seen
 
 
@@ -74,8 +82,8 @@ def test_second_build_measures_nothing(tmp_path: Path, qwen25: Path, measured: l
     again = build_index(spec, cache)
     assert not measured and again.table.equals(first.table)
     (stored,) = cache.iterdir()
-    assert stored.suffix == ".parquet" and pq.read_table(stored).drop(["file"]).equals(first.table.drop(["file"]))
-    assert pq.read_schema(stored).names == SCHEMA.names
+    assert stored.suffix == ".arrow" and read_stored(stored).equals(first.table)
+    assert first.table.schema == SCHEMA
 
 
 def test_without_a_cache_nothing_is_written(tmp_path: Path, qwen25: Path, measured: list[int]) -> None:
@@ -157,11 +165,12 @@ def test_the_same_file_twice_and_in_another_order(tmp_path: Path, qwen25: Path, 
     measured.clear()
     found = build_index(spec_of(qwen25, two, one, one), tmp_path / "cache")
     assert not measured
-    assert found.table["file"].to_pylist() == [0, 0, 1, 2]
+    assert found.column("file").tolist() == [0, 0, 1, 2]
     assert [o.split("/")[-1] for o in found.table["origin"].to_pylist()] == [
         "two.jsonl:1", "two.jsonl:2", "one.jsonl:1", "one.jsonl:1"
     ]  # fmt: skip
-    assert [f for f, _ in found.refs] == [0, 0, 1, 2] and found.ref(2) == (1, found.refs[2][1])
+    assert [found.ref(n).file for n in range(4)] == [0, 0, 1, 2]
+    assert found.ref(2) == SampleRef(1, next(iter(found.spec.open(1).scan()))) == found.row_ref(2)
 
 
 def test_mended_pictures_are_seen(tmp_path: Path, qwen25: Path, measured: list[int]) -> None:
@@ -204,35 +213,46 @@ def test_wrong_rows_are_never_cached(tmp_path: Path, qwen25: Path, measured: lis
     assert measured == [0, 1, 0, 1] and not list(tmp_path.glob("cache/*"))
 
 
-@pytest.mark.parametrize("damage", [b"", b"PAR1", None])
+@pytest.mark.parametrize("damage", [b"", b"ARROW1", b"\0" * 4096, None])
 def test_a_damaged_cache_is_as_none(damage: bytes | None, tmp_path: Path, qwen25: Path, measured: list[int]) -> None:
     spec, cache = spec_of(qwen25, write(tmp_path / "t.jsonl", chat("a"), chat("b"))), tmp_path / "cache"
     first = build_index(spec, cache)
     (stored,) = cache.iterdir()
-    stored.write_bytes(stored.read_bytes()[:-100] if damage is None else damage)
+    whole = stored.read_bytes()
+    stored.unlink()  # `first` has it mapped
+    stored.write_bytes(whole[:-100] if damage is None else damage)
     measured.clear()
     assert build_index(spec, cache).table.equals(first.table) and len(measured) == 2
-    assert pq.read_table(stored).num_rows == 2
+    assert read_stored(stored).num_rows == 2
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path, qwen25: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, cache = spec_of(qwen25, write(tmp_path / "t.jsonl", chat("a"))), tmp_path / "cache"
 
-    def half(table: pa.Table, path: Path) -> None:
-        path.write_bytes(b"PAR1 half")
-        raise KeyboardInterrupt
+    class Half:
+        def __init__(self, path: str, error: BaseException):
+            self.error = error
+            Path(path).write_bytes(b"ARROW1 half")
+
+        def write_table(self, *_: Any) -> None:
+            raise self.error
+
+        def close(self) -> None:
+            pass
+
+    full = OSError(28, "No space left on device")
+    for error, expected in ((KeyboardInterrupt(), KeyboardInterrupt), (full, ConfigError)):
+        with monkeypatch.context() as patch:
+            patch.setattr(pa.ipc, "new_file", lambda path, _, error=error: Half(path, error))
+            with pytest.raises(expected, match=r"\[CACHE\].*No space left" if error is full else None):
+                build_index(spec, cache)
+        assert not list(cache.iterdir())
+
+    def at_end(path: str, schema: pa.Schema) -> Any:
+        raise full
 
     with monkeypatch.context() as patch:
-        patch.setattr(pq, "write_table", half)
-        with pytest.raises(KeyboardInterrupt):
-            build_index(spec, cache)
-    assert not list(cache.iterdir())
-
-    def full(table: pa.Table, path: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pq, "write_table", full)
+        patch.setattr(pa.ipc, "new_file", at_end)
         with pytest.raises(ConfigError, match=r"\[CACHE\].*No space left"):
             build_index(spec, cache)
     assert not list(cache.iterdir())
@@ -246,6 +266,89 @@ def test_a_cache_folder_that_is_a_file(tmp_path: Path, qwen25: Path) -> None:
         build_index(spec_of(qwen25, write(tmp_path / "t.jsonl", chat("a"))), tmp_path / "cache")
 
 
+def test_content_is_read_once(tmp_path: Path, qwen25: Path, measured: list[int]) -> None:
+    """Under size, time and inode of a file that has settled; the clock of a file written just now says nothing."""
+    path, cache = write(tmp_path / "t.jsonl", chat("a"), chat("b")), tmp_path / "cache"
+    spec = spec_of(qwen25, path)
+    build_index(spec, cache)
+    assert not list(cache.glob("content-*")), "written just now"
+    os.utime(path, ns=(1, 1))
+    build_index(spec, cache)
+    (memo,) = cache.glob("content-*.txt")
+    assert len(memo.read_text()) == 32
+    measured.clear()
+
+    path.write_bytes(path.read_bytes().replace(b"a", b"c", 1))
+    os.utime(path, ns=(1, 1))
+    build_index(spec, cache)
+    assert not measured, "of one size and time: not read again"
+    os.utime(path, ns=(2, 2))
+    with pytest.raises(DataError):
+        build_index(spec, cache)
+    path.write_bytes(path.read_bytes().replace(b"c", b"a", 1))
+    os.utime(path, ns=(1, 1))
+    memo.write_text("cut")
+    build_index(spec, cache)
+    assert not measured[2:] and len(memo.read_text()) == 32, "a damaged memo is as none"
+
+
+def test_a_part_is_renewed_in_its_place(tmp_path: Path, qwen25: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also over several stored batches, and where rows go from one verdict to the other and back."""
+    monkeypatch.setattr(index_build, "STORED_ROWS", 5)
+    for n in range(6):
+        (tmp_path / f"{n}.png").write_bytes(rgb_png(gradient(60, 60)))
+    rows = [chat(f"row {i}", f"{i % 7}.png") if i % 3 else chat(f"row {i}") for i in range(33)]
+    spec, cache = spec_of(qwen25, write(tmp_path / "t.jsonl", *rows)), tmp_path / "cache"
+    first = build_index(spec, cache)
+    assert first.tables[0]["row"].num_chunks > 4
+    for change in (lambda p: p.write_bytes(rgb_png(gradient(90, 200))), Path.unlink):
+        for n in (2, 5, 6):
+            change(tmp_path / f"{n}.png")
+        again = build_index(spec, cache)
+        assert again.table.equals(build_index(spec, None).table) and not again.table.equals(first.table)
+        assert build_index(spec, cache).table.equals(again.table)
+
+
+def test_frames_of_a_video_are_files(tmp_path: Path) -> None:
+    frames = [tmp_path / f"{n}.png" for n in range(2)]
+    for frame in frames:
+        frame.write_bytes(b"1")
+    handle = "\0".join(map(str, frames))
+    before = index_build._stamp([handle], {})
+    assert before is not None and before == index_build._stamp([handle], {})
+    frames[1].write_bytes(b"22")
+    assert index_build._stamp([handle], {}) != before
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_pixel_is_decoded(tmp_path: Path, qwen25: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures cut off behind their headers are measured as whole ones are, and nothing is decoded."""
+    for name, size in (
+        ("a.jpg", (300, 200)),
+        ("b.png", (90, 60)),
+        ("c.webp", (64, 64)),
+        ("d.gif", (70, 50)),
+        ("e.bmp", (60, 80)),
+    ):
+        PIL.Image.effect_noise(size, 60).convert("P" if name == "d.gif" else "RGB").save(tmp_path / name)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    for decode in ("load", "verify"):
+        monkeypatch.setattr(PIL.ImageFile.ImageFile, decode, lambda self: pytest.fail("a picture is decoded"))
+    monkeypatch.setattr(PIL.Image, "open", lambda *_: pytest.fail("a picture is opened"))
+    spec = spec_of(qwen25, write(tmp_path / "t.jsonl", *[chat("x", name) for name in names]))
+    index = build_index(spec, None)
+    assert index.counts()["train"] == 5
+    assert index.table["sizes"].to_pylist() == [[300, 200], [90, 60], [64, 64], [70, 50], [60, 80]]
+    whole = index.table.drop(["stamp"])
+    for name, marker in (("a.jpg", b"\xff\xda"), ("b.png", b"IDAT"), ("e.bmp", b"BM")):  # others say how long they are
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[: data.index(marker) + 60])
+    cut = build_index(spec, None)
+    assert cut.table.drop(["stamp"]).equals(whole), cut.table["detail"].to_pylist()
+
+
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
@@ -257,13 +360,29 @@ def test_processes_give_the_serial_index(tmp_path: Path, qwen25: Path, monkeypat
     path.write_text("\n".join(lines), encoding="utf-8")
     spec = spec_of(qwen25, path)
     serial = build_index(spec, None)
-    assert serial.counts() == {"read": 60, "train": 58, "dropped": 2, "by_reason": {"IMG_MISSING": 1, "TOO_LONG": 1}}
-    monkeypatch.setattr(index_module, "PARALLEL_FROM", 1)
-    monkeypatch.setattr(index_module, "CHUNK", 7)
+    reasons = {"IMG_MISSING": 1, "TOO_LONG": 1}
+    assert serial.counts() == {"read": 60, "train": 58, "dropped": 2, "by_reason": reasons, "rows": 60}
+    monkeypatch.setattr(index_build, "PARALLEL_FROM", 1)
+    monkeypatch.setattr(index_build, "CHUNK", 7)
     told: list[tuple[int, int]] = []
     parallel = build_index(spec, None, workers=2, progress=lambda done, total: told.append((done, total)))
     assert parallel.table.equals(serial.table)
-    assert told == [(min(i + 7, 60), 60) for i in range(0, 60, 7)]
+    refs, size = list(spec.open(0).scan()), path.stat().st_size
+    ends = [min(i + 7, 60) for i in range(0, 60, 7)]
+    reckoned = [(n, round(n / ((refs[n - 1].offset + refs[n - 1].length) / size))) for n in ends]
+    assert told == [*reckoned, (60, 60)], "the rows in all are reckoned from the bytes read"
+
+
+def test_many_small_files_share_the_processes(
+    tmp_path: Path, qwen25: Path, monkeypatch: pytest.MonkeyPatch, measured: list[int]
+) -> None:
+    """Shards of a few rows each are as much to do as one large file; rows measured elsewhere are not seen here."""
+    monkeypatch.setattr(index_build, "PARALLEL_FROM", 5)
+    files = [write(tmp_path / f"{n}.jsonl", *[chat(f"{n} {i}") for i in range(2)]) for n in range(6)]
+    spec = spec_of(qwen25, *files)
+    parallel = build_index(spec, None, workers=2)
+    assert measured == [0, 1, 0, 1], "after five rows, the others in processes"
+    assert parallel.table.equals(build_index(spec, None).table)
 
 
 def test_every_process_reads_rows_alike(tmp_path: Path, qwen25: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,8 +392,8 @@ def test_every_process_reads_rows_alike(tmp_path: Path, qwen25: Path, monkeypatc
     spec = spec_of(qwen25, write(tmp_path / "t.jsonl", *rows))
     texts = []
     for workers in (1, 2):
-        monkeypatch.setattr(index_module, "PARALLEL_FROM", workers)
-        monkeypatch.setattr(index_module, "CHUNK", 1)
+        monkeypatch.setattr(index_build, "PARALLEL_FROM", workers)
+        monkeypatch.setattr(index_build, "CHUNK", 1)
         with pytest.raises(DataError) as caught:
             build_index(spec, None, workers=workers)
         texts.append(str(caught.value))
@@ -311,8 +430,8 @@ def test_the_layout_comes_from_the_first_readable_row(tmp_path: Path, qwen25: Pa
 
 def test_a_killed_process_is_one_clear_error(tmp_path: Path, qwen25: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of(qwen25, write(tmp_path / "t.jsonl", *[chat("a")] * 4))
-    monkeypatch.setattr(index_module, "PARALLEL_FROM", 1)
-    monkeypatch.setattr(index_module, "measure", lambda *_: os._exit(9))
+    monkeypatch.setattr(index_build, "PARALLEL_FROM", 1)
+    monkeypatch.setattr(index_build, "measure", lambda *_: os._exit(9))
     with pytest.raises(RunError, match="DATA_WORKER"):
         build_index(spec, None, workers=2)
 
@@ -335,11 +454,13 @@ def test_read_is_train_plus_dropped(tmp_path_factory: pytest.TempPathFactory, qw
     index = build_index(spec_of(qwen25, path, max_row_bytes=1 << 22), None)
     counts = index.counts()
     assert counts["read"] == len(kinds) == counts["train"] + counts["dropped"]
-    assert counts["train"] == kinds.count("good") == len(index.trainable) == len(index.refs)
+    assert counts["train"] == kinds.count("good") == len(index.trainable)
+    assert counts["rows"] == len(kinds)
     names = {"long": "TOO_LONG", "gone": "IMG_MISSING", "white": "TEXT_BYTES"}
     assert counts["by_reason"] == {names[k]: kinds.count(k) for k in sorted(set(kinds) - {"good"}, key=names.get)}
-    assert index.ledger().num_rows == len(kinds)
-    assert index.ledger()["origin"].to_pylist() == [f"{path}:{i + 1}" for i in range(len(kinds))]
+    ledger = pa.Table.from_batches(index.ledger(), LEDGER_SCHEMA)
+    assert ledger["source"].to_pylist() == ["t"] * len(kinds)
+    assert ledger["origin"].to_pylist() == [f"{path}:{i + 1}" for i in range(len(kinds))]
 
 
 def test_columns_are_over_trainable_samples(tmp_path: Path, qwen25: Path) -> None:
@@ -349,10 +470,14 @@ def test_columns_are_over_trainable_samples(tmp_path: Path, qwen25: Path) -> Non
     )
     index = build_index(spec, None)
     assert index.trainable.tolist() == [1, 2, 3]
-    assert index.column("images").tolist() == [1, 0, 1] and index.clusters.tolist() == [0, -1, 0]
+    assert index.column("images").tolist() == [1, 0, 1] and index.column("file").tolist() == [0, 0, 0]
+    looks = index.column("look").tolist()
+    assert looks[0] == looks[2] != 0 == looks[1]
+    assert [index.handles(n) for n in range(3)] == [(str(tmp_path / "a.png"),), (), (str(tmp_path / "a.png"),)]
     loader = spec.build()
-    for position, (file, ref) in enumerate(index.refs):
-        encoded = loader.encode(file, loader.sample(file, ref))
+    for position in range(3):
+        at = index.ref(position)
+        encoded = loader.encode(at.file, loader.sample(at.file, at.row), at.cut)
         assert encoded.num_tokens == index.column("tokens")[position]
         assert encoded.num_supervised == index.column("supervised")[position]
         assert encoded.num_patches == index.column("patches")[position]
@@ -410,12 +535,12 @@ NOWHERE: Any = SimpleNamespace(files=())
 
 
 def index_of(handles: list[list[str]], texts: list[int] | None = None) -> Index:
+    digests = texts or list(range(len(handles)))
     rows = [
-        {"file": 0, "row": i, "origin": f"t:{i}", "verdict": "train", "handles": h, "notes": [],
-         "digest": (texts or list(range(len(handles))))[i]}
+        {"row": i, "origin": f"t:{i}", "verdict": "train", "handles": h, "notes": [], "digest": digests[i]}
         for i, h in enumerate(handles)
-    ]  # fmt: skip
-    return Index(pa.Table.from_pylist(rows, schema=SCHEMA), NOWHERE)
+    ]
+    return Index((pa.Table.from_pylist(rows, schema=SCHEMA),), NOWHERE)
 
 
 @settings(max_examples=200, deadline=None)

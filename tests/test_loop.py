@@ -29,7 +29,8 @@ from lensmith.engine.optimizer import MasterAdamW
 from lensmith.engine.options import WSD, AdamW, Constant, Cosine, EarlyStop, Linear, Save, Train
 from lensmith.engine.schedule import factor
 from lensmith.engine.step import run_step
-from lensmith.recipe import session
+from lensmith.recipe import session as session_module
+from lensmith.recipe import stage
 from lensmith.recipe.build import build
 from lensmith.recipe.folder import Lock
 from lensmith.recipe.prepare import prepare
@@ -41,7 +42,7 @@ LORA = {"kind": "lora", "rank": 2}
 
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "write_report", lambda folder: folder)
+    monkeypatch.setattr(session_module, "write_report", lambda folder: folder)
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +369,7 @@ def test_compile_trains(tmp_path: Path, qwen25: Path, chat: Path) -> None:
 def with_hook(when: Callable[[int], bool]) -> Any:
     """`build` with one gradient that is NaN in the backward passes for which `when(number from 1)` holds."""
 
-    def built(prepared: Any) -> Any:
+    def built(prepared: Any, **_: Any) -> Any:
         found = build(prepared)
         parameter, calls = found.optimizer.named[-1][1], [0]
 
@@ -386,7 +387,7 @@ def test_nothing_non_finite_is_applied_or_saved(
     tmp_path: Path, qwen25: Path, chat: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     """One NaN in one weight's gradient at step 3: that step is vetoed, named with its samples, and the rest trains."""
-    monkeypatch.setattr(session, "build", with_hook(lambda n: n == 3))
+    monkeypatch.setattr(stage, "build", with_hook(lambda n: n == 3))
     run = run_in(
         tmp_path / "run",
         qwen25,
@@ -413,7 +414,7 @@ def test_nothing_non_finite_is_applied_or_saved(
 
 
 def test_non_finite_steps_end_the_run(tmp_path: Path, qwen25: Path, chat: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(session, "build", with_hook(lambda n: n > 2))
+    monkeypatch.setattr(stage, "build", with_hook(lambda n: n > 2))
     run = run_in(tmp_path / "run", qwen25, chat, train={"max_bad_steps": 2, "max_steps": 20},
                  save={"every_steps": 1, "keep_last": 9}, batch={"device_tokens": 4096})  # fmt: skip
     with pytest.raises(RunError, match="not finite in 3 steps in a row, up to step 5"):
@@ -426,14 +427,14 @@ def test_weights_that_are_not_finite_are_never_saved(
     tmp_path: Path, qwen25: Path, chat: Path, monkeypatch: Any
 ) -> None:
     """Something else wrote a NaN into a parameter: the save is refused, and the checkpoint before it stands."""
-    log = session.Session._log
+    log = stage.StageRun._log
 
     def spoils(self: Any, p: Any, *args: Any) -> None:
         log(self, p, *args)
         if p.step == 3:
             self.built.optimizer.named[0][1].data[0, 0] = math.nan
 
-    monkeypatch.setattr(session.Session, "_log", spoils)
+    monkeypatch.setattr(stage.StageRun, "_log", spoils)
     with pytest.raises(RunError, match="NONFINITE"):
         runs.quiet_train(run_in(tmp_path / "run", qwen25, chat, save={"every_steps": 1, "keep_last": 9}))
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
@@ -453,7 +454,7 @@ def child(
         sys.stderr = sys.stdout = (run.output.parent / "said.txt").open("a")
         if before is not None:
             before()
-        log, save = session.Session._log, session.Session._save
+        log, save = stage.StageRun._log, stage.StageRun._save
 
         def signals(self: Any, p: Any, *args: Any) -> None:
             log(self, p, *args)
@@ -465,7 +466,7 @@ def child(
                 os.kill(os.getpid(), second)
             save(self, p, metrics)
 
-        session.Session._log, session.Session._save = signals, saves  # type: ignore[method-assign]
+        stage.StageRun._log, stage.StageRun._save = signals, saves  # type: ignore[method-assign]
         from lensmith.cli import main
 
         main(["train", str(file), "--quiet"])
@@ -482,7 +483,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, qwen25: Path, chat: Path) ->
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LENSMITH_CACHE", str(folder.parent / "cache"))
-        patch.setattr(session, "write_report", lambda folder: folder)
+        patch.setattr(session_module, "write_report", lambda folder: folder)
         runs.quiet_train(run_in(folder, qwen25, chat, tune={**LORA, "dropout": 0.1}))
     return folder
 

@@ -24,7 +24,8 @@ from lensmith.data import pipeline as pipeline_module
 from lensmith.data.collate import load_row
 from lensmith.data.pipeline import Pipeline
 from lensmith.engine.step import run_step
-from lensmith.recipe import session
+from lensmith.recipe import session as session_module
+from lensmith.recipe import stage
 from lensmith.recipe.build import build
 from lensmith.recipe.prepare import Prepared, prepare
 from lensmith.report.terminal import Terminal
@@ -34,7 +35,7 @@ QUIET = Terminal("quiet")
 
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "write_report", lambda folder: folder)
+    monkeypatch.setattr(session_module, "write_report", lambda folder: folder)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def test_a_picture_of_two_files_is_read_once(tmp_path: Path, qwen25: Path) -> No
 def test_known_pictures_have_no_pixels(tmp_path: Path, qwen25: Path, data: Path) -> None:
     """With workers too; and the row read again has them all."""
     p = prepared(tmp_path, qwen25, data)
-    handles = {h for hs in p.train.column("handles") if hs is not None for h in hs}
+    handles = {h for number in range(len(p.train.trainable)) for h in p.train.handles(number)}
     known = {h: f"key of {Path(h).name}" for h in handles}
     for workers in (0, 1):
         pipe = pipeline(p, workers=workers, known=lambda hs: {h: known[h] for h in hs})
@@ -268,7 +269,7 @@ def test_a_step_of_which_nothing_is_left_moves_nothing(tmp_path: Path, qwen25: P
     gone = [m for s in list(prepare(run, QUIET).plan.steps())[1:4] for m in s.members.tolist()]
     pictures = {m: (tmp_path / f"images/{m}.png").read_bytes() for m in gone}
     monkeypatch.setattr(
-        session, "build", after(lambda: [(tmp_path / f"images/{m}.png").unlink(missing_ok=True) for m in gone])
+        stage, "build", after(lambda: [(tmp_path / f"images/{m}.png").unlink(missing_ok=True) for m in gone])
     )
     summary = runs.quiet_train(run).summary
     kept = [m for m in range(24) if m not in gone and not (0 in gone and m % 3 == 2)]
@@ -295,7 +296,7 @@ def test_a_step_of_which_nothing_is_left_moves_nothing(tmp_path: Path, qwen25: P
 
 
 def after(action: Any) -> Any:
-    def built(prepared: Any) -> Any:
+    def built(prepared: Any, **_: Any) -> Any:
         action()
         return build(prepared)
 
@@ -306,7 +307,7 @@ def test_too_many_drops_at_load_end_the_run(tmp_path: Path, qwen25: Path, monkey
     """`data.max_dropped` holds for them too; the message names the reason and the count."""
     run = runs.located(tmp_path / "run", qwen25, own_pictures(tmp_path, 24), train={"epochs": 1, "max_steps": None},
                        data={"max_dropped": 0.1}, vision_cache={"enabled": False})  # fmt: skip
-    monkeypatch.setattr(session, "build", after(lambda: [(tmp_path / f"images/{m}.png").unlink() for m in (4, 7, 10)]))
+    monkeypatch.setattr(stage, "build", after(lambda: [(tmp_path / f"images/{m}.png").unlink() for m in (4, 7, 10)]))
     with pytest.raises(DataError, match=r"3 of 24 rows are dropped, 3 LOAD_IMG_MISSING"):
         runs.quiet_train(run)
 

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lensmith.core.errors import ConfigError, DataError
-from lensmith.data import readers
-from lensmith.data.readers import RowFile, RowRef, expand, open_rows, parse_json
+from lensmith.data.readers import RowFile, RowRef, expand, json_rows, open_rows
+from lensmith.data.strict_json import parse_json
 
 CHARACTERS = st.characters(blacklist_categories=("Cs",), blacklist_characters="\0")
 TRICKY = st.text(st.one_of(st.sampled_from('[]{}",\\\n\u2028é😀'), CHARACTERS), max_size=12)
@@ -146,7 +146,7 @@ def test_array_scanner_equals_json_load(
     file = folder / "array.json"
     file.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "_CHUNK_BYTES", chunk)
+        patch.setattr(json_rows, "CHUNK_BYTES", chunk)
         array = open_rows(file)
         refs = list(array.scan())
     assert [array.read(ref) for ref in refs] == rows
@@ -164,7 +164,7 @@ def test_any_array_file_is_read_as_json_load_does_or_refused(folder: Path, tail:
     file = folder / "any.json"
     file.write_bytes(b"[" + tail)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "_CHUNK_BYTES", chunk)
+        patch.setattr(json_rows, "CHUNK_BYTES", chunk)
         try:
             rows = read_all(open_rows(file))
         except DataError:

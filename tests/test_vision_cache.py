@@ -18,12 +18,13 @@ import torch
 from lensmith.family.qwen_vl import QwenVL
 from lensmith.model.vision_cache import VisionCache, feature_key, fingerprint
 from lensmith.recipe import build as build_module
-from lensmith.recipe import session
+from lensmith.recipe import session as session_module
+from lensmith.recipe import stage
 
 
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "write_report", lambda folder: folder)
+    monkeypatch.setattr(session_module, "write_report", lambda folder: folder)
 
 
 def features(number: int, values: int = 256) -> torch.Tensor:
@@ -210,7 +211,8 @@ def test_losses_do_not_depend_on_the_cache(
             "losses"
         ]
     for name in MODES[1:]:
-        assert losses[name] == pytest.approx(losses["off"], abs=1e-6), name
+        # one unit in the last place of a float32 loss near 6 is 4.8e-7
+        assert losses[name] == pytest.approx(losses["off"], rel=5e-7), name
     assert len(set(losses["off"])) == 12
 
 
@@ -278,7 +280,7 @@ def test_a_run_survives_damage_to_its_cache(
     cache = mode("disk", tmp_path / "cache", monkeypatch)
     plain = trained(tmp_path / "plain", qwen25, chat, cache)
     shutil.rmtree(tmp_path / "cache")
-    log = session.Session._log
+    log = stage.StageRun._log
 
     def spoils(self: Any, p: Any, *args: Any) -> None:
         log(self, p, *args)
@@ -286,7 +288,7 @@ def test_a_run_survives_damage_to_its_cache(
             for file in (tmp_path / "cache").rglob("*.safetensors"):
                 damaged(file, how)
 
-    monkeypatch.setattr(session.Session, "_log", spoils)
+    monkeypatch.setattr(stage.StageRun, "_log", spoils)
     again = trained(tmp_path / "run", qwen25, chat, cache)
     assert again.summary["losses"] == plain.summary["losses"]
 

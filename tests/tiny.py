@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -220,6 +221,60 @@ def make_pictures(folder: Path, count: int, seed: int = 0, sizes: tuple[int, int
         Image.fromarray(pixels).resize((int(w), int(h)), Image.Resampling.BILINEAR).save(folder / name)
         names.append(name)
     return names
+
+
+def make_video(
+    frames: int = 30,
+    *,
+    fps: int = 10,
+    size: tuple[int, int] = (64, 64),
+    codec: str = "libx264",
+    kind: str = "mp4",
+    turn: int = 0,
+    sound: bool = False,
+) -> bytes:
+    """A video whose frame i is grey of `grey(i)`, its left half a little redder; `turn` is written, not done."""
+    import av
+
+    out = io.BytesIO()
+    fast = {"libx264": {"preset": "ultrafast"}, "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"}}
+    with av.open(out, "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=fps, options=fast.get(codec, {}))
+        stream.bit_rate = 8_000_000
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.codec_context.thread_count = 1
+        if turn:
+            stream.set_display_rotation(turn)
+        voice = container.add_stream("aac", rate=8000) if sound else None
+        for i in range(frames):
+            pixels = np.full((size[1], size[0], 3), grey(i), np.uint8)
+            pixels[:, : size[0] // 2, 0] += 40
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+        if voice is not None:
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            silence.sample_rate = 8000
+            container.mux(voice.encode(silence))
+            container.mux(voice.encode(None))
+    return out.getvalue()
+
+
+def make_sound() -> bytes:
+    """An MP4 without pictures."""
+    import av
+
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=8000)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 8000
+        container.mux(stream.encode(silence))
+        container.mux(stream.encode(None))
+    return out.getvalue()
+
+
+def grey(frame: int) -> int:
+    return 10 + 6 * frame % 204
 
 
 WORDS = [

@@ -85,6 +85,54 @@ def _set(node: Any, path: Sequence[_Step], value: Any, text: str) -> Key:
     return (head, *_set(child, rest, value, text))
 
 
+def without(tree: Tree, keys: Sequence[str]) -> Tree:
+    """The tree less some of its top-level keys."""
+    return Tree({k: v for k, v in tree.values.items() if k not in keys}, tree.file, tree.lines, tree.overrides)
+
+
+def merged(base: Tree, tree: Tree, path: Key, skip: Sequence[str] = ()) -> Tree:
+    """`base` with the mapping that stands at `path` in `tree` laid over it; every value keeps its own line.
+
+    Mappings are merged key by key, everything else is replaced; so is a mapping whose `kind` changes.
+    """
+    over: Any = tree.values
+    for step in path:
+        over = over[step]
+    values, lines, said = _copy(base.values), dict(base.lines), dict(base.overrides)
+    for key in (k for k in over if k not in skip):
+        _lay_over(values, over[key], (key,))
+    for at, line in tree.lines.items():
+        if at[: len(path)] == path and len(at) > len(path):
+            lines[at[len(path) :]] = line
+    for at, text in tree.overrides.items():
+        if at[: len(path)] == path and len(at) > len(path):
+            said[at[len(path) :]] = text
+    return Tree(values, base.file, lines, said)
+
+
+def _lay_over(values: dict[str, Any], over: Any, path: tuple[str, ...]) -> None:
+    node = values
+    for step in path[:-1]:
+        node = node[step]
+    key = path[-1]
+    below: Any = node.get(key)
+    if isinstance(below, str) and isinstance(over, dict):
+        below = node[key] = {"kind": below}  # `tune: lora` below `tune: {rank: 4}`
+    if (
+        not isinstance(below, dict)
+        or not isinstance(over, dict)
+        or _another_kind(cast("Any", below), cast("Any", over))
+    ):
+        node[key] = _copy(over)
+        return
+    for name, value in cast("dict[str, Any]", over).items():
+        _lay_over(values, value, (*path, name))
+
+
+def _another_kind(below: Any, over: Any) -> bool:
+    return "kind" in over and over["kind"] != below.get("kind")
+
+
 def build(kind: type[M], tree: Tree) -> M:
     """Validate `tree` as `kind`. Raises one `ConfigError` with every mistake: file, line, value and remedy."""
     try:

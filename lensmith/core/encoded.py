@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lensmith.core.sample import Image
+from lensmith.core.sample import Image, Video
 
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
@@ -39,14 +39,29 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageBlock:
-    """One placed image: the size it is resized to, its patch grid and how many tokens stand for it."""
+class VideoInfo:
+    """What the container of a video says, without a picture decoded: size in pixels, pictures, pictures a second."""
 
-    image: Image
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBlock:
+    """One placed image, or one placed run of video frames: the size it is resized to, its patch grid and how many
+    tokens stand for it."""
+
+    image: Image | Video
     width: int
     height: int
     grid_thw: tuple[int, int, int]
     num_tokens: int
+    frames: tuple[int, ...] = ()
+    """Of a video, the frames that are shown (temporal patch size times grid rows in time); of an image none."""
+    seconds_per_grid: float = 0.0
+    """Of a video, the seconds from one row of the grid to the next."""
 
     @property
     def num_patches(self) -> int:
@@ -108,7 +123,8 @@ class PackedRow:
     supervised_S: IntArray
     target_S: IntArray
     weight_S: npt.NDArray[np.float32]
-    sample_S: IntArray
+    sample_S: npt.NDArray[np.int64]
+    source_S: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
     image_keys: list[str] = field(default_factory=list[str])
     image_grids_I3: IntArray = field(default_factory=lambda: np.zeros((0, 3), np.int32))
     image_of_block: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))

@@ -7,21 +7,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lensmith.core.encoded import IGNORED, Encoded, PackedRow, Segment
+from lensmith.core.encoded import IGNORED, Encoded, ImageBlock, PackedRow, Segment
 from lensmith.core.errors import Drop
-from lensmith.data.load import Loader, content_key
-from lensmith.data.readers import RowRef
+from lensmith.core.sample import Video
+from lensmith.data.load import Loader, SampleRef, content_key
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One sample to be loaded: its number among the trainable ones, where its row is, its loss weight."""
+    """One sample to be loaded: its number among the trainable ones, where it is, its loss weight and its source."""
 
     number: int
-    file: int
-    ref: RowRef
+    at: SampleRef
     weight: float = 1.0
     tokens: int = -1
+    source: int = 0
 
 
 Grid = tuple[int, int, int]
@@ -43,20 +43,35 @@ class Pictures:
     def add(self, file: int, encoded: Encoded, origin: str) -> list[int]:
         """Numbers of the sample's pictures among the distinct ones. Raises `Drop` for one that does not decode; then
         none of the sample's pictures is added."""
-        order = [(self.loader.handle(file, block.image, origin), block.grid_thw) for block in encoded.images]
+        order = self._keys(file, encoded, origin)
+        fresh = {at: b for at, b in zip(order, encoded.images, strict=True) if at not in self._of}
         read: dict[tuple[str, Grid], tuple[str, np.ndarray | None]] = {}
-        for block, at in zip(encoded.images, order, strict=True):
-            if at in self._of or at in read:
+        read |= {at: (self.known[at[0]], None) for at in fresh if at[0] in self.known}
+        videos: dict[int, dict[tuple[str, Grid], ImageBlock]] = {}
+        for at, block in fresh.items():
+            if at in read:
                 continue
-            if (key := self.known.get(at[0])) is not None:
-                read[at] = key, None
-            else:
-                data = self.loader.bytes_of(file, block.image, origin)
-                read[at] = content_key(data), self.loader.patches(data, block)
-        for (handle, grid), (key, patches) in read.items():
+            if isinstance(block.image, Video):
+                videos.setdefault(id(block.image), {})[at] = block
+                continue
+            data = self.loader.bytes_of(file, block.image, origin)
+            read[at] = content_key(data), self.loader.patches(data, block)
+        for blocks in videos.values():
+            clips = self.loader.video_patches(file, list(blocks.values()), origin)
+            # a key of the pixels: clips that look the same are one, whatever file and frames they come from
+            read |= {at: (content_key(clip.tobytes()), clip) for at, clip in zip(blocks, clips, strict=True)}
+        for handle, grid in fresh:
+            key, patches = read[handle, grid]
             self.handles[handle] = key
             self._of[(handle, grid)] = self._number(key, grid, patches)
         return [self._of[at] for at in order]
+
+    def _keys(self, file: int, encoded: Encoded, origin: str) -> list[tuple[str, Grid]]:
+        """What tells the sample's blocks apart: handle, the frames of a clip, and grid."""
+        found = {id(b.image): b.image for b in encoded.images}
+        handles = {n: self.loader.handle(file, image, origin) for n, image in found.items()}
+        clips = (f"\n{','.join(map(str, b.frames))}" if b.frames else "" for b in encoded.images)
+        return [(handles[id(b.image)] + clip, b.grid_thw) for b, clip in zip(encoded.images, clips, strict=True)]
 
     def _number(self, key: str, grid: Grid, patches: np.ndarray | None) -> int:
         """Two places may hold the same bytes: one picture."""
@@ -75,8 +90,20 @@ class Pictures:
         row.image_grids_I3 = np.array(self.grids, np.int32).reshape(-1, 3)
         row.image_of_block = np.array(order, np.int32)
         row.pixel_image = np.array(have, np.int32)
-        row.pixels_PD = np.concatenate([self.pixels[i] for i in have]) if have else np.zeros((0, 0), np.uint8)
+        row.pixels_PD = _joined([self.pixels[i] for i in have])
         row.meta["handles"] = self.handles
+
+
+def _joined(pixels: list[np.ndarray]) -> np.ndarray:
+    """One array [P, D]. Beside videos a still picture is repeated in time; alone it stays narrow.
+
+    D counts channel (3), time, row, column.
+    """
+    if not pixels:
+        return np.zeros((0, 0), np.uint8)
+    widest = max(p.shape[1] for p in pixels)
+    wide = [p.reshape(len(p), 3, 1, -1).repeat(widest // p.shape[1], 2).reshape(len(p), -1) for p in pixels]
+    return np.concatenate(wide)
 
 
 def load_row(
@@ -95,15 +122,15 @@ def load_row(
             origin, encoded = (encode or (lambda m: _encode(loader, m)))(member)
             if member.tokens >= 0 and encoded.num_tokens != member.tokens:
                 raise Drop("CHANGED", f"{encoded.num_tokens} tokens, {member.tokens} in the index")
-            kept.append((member, encoded, pictures.add(member.file, encoded, origin)))
+            kept.append((member, encoded, pictures.add(member.at.file, encoded, origin)))
         except Drop as drop:
             dropped.append((member.number, drop.reason, drop.detail))
     return _join(kept, pictures, tuple(dropped))
 
 
 def _encode(loader: Loader, member: Member) -> tuple[str, Encoded]:
-    sample = loader.sample(member.file, member.ref)
-    return sample.origin, loader.encode(member.file, sample)
+    sample = loader.sample(member.at.file, member.at.row)
+    return sample.origin, loader.encode(member.at.file, sample, member.at.cut)
 
 
 def _join(
@@ -111,13 +138,14 @@ def _join(
 ) -> PackedRow:
     offsets = np.cumsum([0, *(e.num_tokens for _, e, _ in kept)])
     segments: list[Segment] = []
-    targets, weights, owners = [], [], []
+    targets, weights, owners, sources = [], [], [], []
     for (member, encoded, _), offset in zip(kept, offsets, strict=False):
         segments += [s.moved(int(offset)) for s in encoded.segments]
         target = encoded.target_L
         targets.append(target)
         weights.append(np.full(len(target), member.weight, np.float32))
-        owners.append(np.full(len(target), member.number, np.int32))
+        owners.append(np.full(len(target), member.number, np.int64))
+        sources.append(np.full(len(target), member.source, np.int32))
     empty = np.zeros(0, np.int32)
     target_T = np.concatenate(targets) if targets else empty
     supervised = np.flatnonzero(target_T != IGNORED).astype(np.int32)
@@ -131,7 +159,8 @@ def _join(
         supervised_S=supervised,
         target_S=target_T[supervised],
         weight_S=(np.concatenate(weights) if weights else np.zeros(0, np.float32))[supervised],
-        sample_S=(np.concatenate(owners) if owners else empty)[supervised],
+        sample_S=(np.concatenate(owners) if owners else np.zeros(0, np.int64))[supervised],
+        source_S=(np.concatenate(sources) if sources else empty)[supervised],
         members=tuple(m.number for m, _, _ in kept),
         dropped=dropped,
     )

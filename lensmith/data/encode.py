@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
 
-from lensmith.core.encoded import IMAGE, TEXT, Encoded, ImageBlock, Segment
+from lensmith.core.encoded import IMAGE, TEXT, Encoded, ImageBlock, Segment, VideoInfo
 from lensmith.core.errors import Drop
-from lensmith.core.sample import Conversation, Document, Image, Sample, Text
+from lensmith.core.sample import Conversation, Document, Image, Part, Sample, Text, Video
+from lensmith.data.branches import join_branches
+from lensmith.data.split import Cut, Splitter, UnitSize, sentence_ends, stretches
 from lensmith.data.tokenizer import TextTokenizer
 
 ImageSize = Callable[[Image], tuple[int, int]]
@@ -42,53 +44,120 @@ class Picture:
     image: Image
 
 
-Piece = Template | Run | Picture
+@dataclass(frozen=True, slots=True)
+class Film:
+    """The place of a video; the family says what stands there once its length is known (`place_video`)."""
+
+    video: Video
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A block of a video: copies of the family's video token."""
+
+    block: ImageBlock
+
+
+Piece = Template | Run | Picture | Film | Placed
 
 
 class Rendering(Protocol):
     """What a family says about turning a sample into tokens. Pure; needs no weights and no torch."""
 
     image_token: str
+    video_token: str | None
+    """None: the family takes no videos."""
+    start_of_document: str
     end_of_document: str
 
     def render(self, conversation: Conversation, *, ask: bool = False) -> list[Piece]: ...
-    def render_document(self, document: Document) -> list[Piece]: ...
+    def render_media(self, part: Image | Video) -> list[Piece]: ...
     def place(self, image: Image, width: int, height: int) -> ImageBlock: ...
-    def positions(self, kind_L: np.ndarray, grids: Sequence[tuple[int, int, int]]) -> np.ndarray: ...
+    def place_video(self, video: Video, info: VideoInfo) -> list[Piece]: ...
+    def positions(self, kind_L: np.ndarray, blocks: Sequence[ImageBlock]) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentRules:
+    """How a document becomes samples. `max_images` bounds the pictures and videos of one piece."""
+
+    too_long: Literal["split", "drop"] = "split"
+    overlap: int = 0
+    max_images: int = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A run of tokens before it has positions. `starts`: the character at which a token of text begins, -1 for the
+    second and later tokens of one character and for what is no text."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+    kinds: np.ndarray
+    blocks: tuple[ImageBlock, ...] = ()
+    starts: np.ndarray | None = None
+
+    def __getitem__(self, part: slice) -> Tokens:
+        """Blocks are kept: only text is ever cut."""
+        return Tokens(self.ids[part], self.trained[part], self.kinds[part], self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes samples of one model family. `max_tokens` bounds a sample; `too_long` says what happens above it."""
+    """Encodes samples of one model family. `max_tokens` bounds a sample; `too_long` says what happens to a conversation
+    above it, `documents` what to a document."""
 
     rendering: Rendering
     tokenizer: TextTokenizer
     image_size: ImageSize
     max_tokens: int
     too_long: Literal["drop", "cut"] = "drop"
+    documents: DocumentRules = DocumentRules()
+    video_info: Callable[[Video], VideoInfo] | None = None
 
-    def encode(self, sample: Sample) -> Encoded:
-        """Raises `Drop` TOO_LONG, NO_TARGETS and what opening an image header raises."""
+    def encode(self, sample: Sample, cut: Cut | None = None) -> Encoded:
+        """A sample, or one piece of a document. Raises `Drop` TOO_LONG, NO_TARGETS and what opening media raises."""
         self._refuse_hopeless(sample)
-        if isinstance(sample.content, Document):
-            encoded = self._pieces(self.rendering.render_document(sample.content))
-            if encoded.num_tokens > self.max_tokens:
-                raise self._too_long(encoded)
-        else:
-            encoded = join_branches([self._branch(c) for c in sample.content])
-            if encoded.num_tokens > self.max_tokens and len(sample.content) == 1:
-                raise self._too_long(encoded)
-            if encoded.num_tokens > self.max_tokens:
-                raise Drop(
-                    "TOO_LONG", f"{encoded.num_tokens} tokens in {len(sample.content)} branches > {self.max_tokens}"
-                )
+        if not isinstance(sample.content, Document):
+            return self._checked(join_branches([self._branch(c) for c in sample.content]))
+        units = self._units(sample.content)
+        if cut is None:
+            return self._checked(self._encoded([self._tokens(unit) for unit in units]))
+        return self._checked(self._cut({n: self._tokens(units[n]) for n in range(cut.first, cut.last + 1)}, cut))
+
+    def pieces(self, sample: Sample) -> list[tuple[Cut | None, Encoded | Drop]]:
+        """(None, sample) for one that stays whole, else every piece of a document in order.
+
+        Raises `Drop` when the whole sample cannot be trained.
+        """
+        if not isinstance(sample.content, Document) or self.documents.too_long == "drop":
+            return [(None, self.encode(sample))]
+        units = [self._tokens(unit) for unit in self._units(sample.content)]
+        if sum(map(len, units)) <= self.max_tokens and len(sample.media()) <= self.documents.max_images:
+            return [(None, self._checked(self._encoded(units)))]
+        sizes = [_unit_size(unit, text) for unit, text in zip(units, self._texts(sample.content), strict=True)]
+        found: list[tuple[Cut | None, Encoded | Drop]] = []
+        for cut in Splitter(sizes, self.max_tokens, self.documents.max_images, self.documents.overlap).cuts():
+            try:
+                found.append((cut, self._checked(self._cut(units, cut))))
+            except Drop as drop:
+                found.append((cut, drop))
+        return found
+
+    def _checked(self, encoded: Encoded) -> Encoded:
+        if encoded.num_tokens > self.max_tokens:
+            raise self._too_long(encoded)
         if encoded.num_supervised == 0:
             raise Drop("NO_TARGETS", "no supervised token")
         return encoded
 
     def _refuse_hopeless(self, sample: Sample) -> None:
         """Ten million characters take a quarter of a minute to tokenise; that they are too long is known before."""
-        if isinstance(sample.content, tuple) and self.too_long == "cut":
+        whole = isinstance(sample.content, Document)
+        if (self.documents.too_long == "split") if whole else (self.too_long == "cut"):
             return
         longest = max((len(p.text) for p in sample.parts() if isinstance(p, Text)), default=0)
         # composing characters (NFC) makes a text shorter, by less than four
@@ -100,13 +169,15 @@ class Encoder:
         return self._pieces(self.rendering.render(conversation, ask=True))
 
     def _too_long(self, encoded: Encoded) -> Drop:
+        if encoded.num_answers > 1:
+            return Drop(
+                "TOO_LONG", f"{encoded.num_tokens} tokens in {encoded.num_answers} branches > {self.max_tokens}"
+            )
         image_tokens = int((encoded.kind_L == IMAGE).sum())
         return Drop("TOO_LONG", f"{encoded.num_tokens} tokens ({image_tokens} of images) > {self.max_tokens}")
 
     def _branch(self, branch: Conversation | Document) -> Encoded:
-        if isinstance(branch, Document):
-            return self._pieces(self.rendering.render_document(branch))
-        return self._conversation(branch)
+        return self._document(branch) if isinstance(branch, Document) else self._conversation(branch)
 
     def _conversation(self, conversation: Conversation) -> Encoded:
         encoded = self._pieces(self.rendering.render(conversation))
@@ -120,135 +191,153 @@ class Encoder:
                 return shorter
         return encoded
 
-    def _pieces(self, pieces: Sequence[Piece]) -> Encoded:
-        ids: list[np.ndarray] = []
-        trained: list[np.ndarray] = []
-        kinds: list[np.ndarray] = []
-        blocks: list[ImageBlock] = []
-        run: list[Run] = []
+    # -- documents ----------------------------------------------------------------------------------------------
 
-        def add(token_ids: np.ndarray, flags: np.ndarray, kind: int) -> None:
-            ids.append(token_ids)
-            trained.append(flags)
-            kinds.append(np.full(len(token_ids), kind, np.int8))
+    def _document(self, document: Document) -> Encoded:
+        return self._encoded([self._tokens(unit) for unit in self._units(document)])
+
+    def _cut(self, units: Mapping[int, Tokens] | Sequence[Tokens], cut: Cut) -> Encoded:
+        encoded = self._encoded([units[n][cut.slice(n, len(units[n]))] for n in range(cut.first, cut.last + 1)])
+        encoded.trained_L[: cut.context] = False
+        return encoded
+
+    def _units(self, document: Document) -> list[list[Piece]]:
+        """The parts of a document in order, its texts in stretches; text between two pictures is one text."""
+        units: list[list[Piece]] = []
+        start, end = self.rendering.start_of_document, self.rendering.end_of_document
+        if start:
+            units.append([Template(start)])
+        for part in _joined(document.parts):
+            units += [self.rendering.render_media(part)] if not isinstance(part, list) else _text_units(part)
+        texts = [p for p in document.parts if isinstance(p, Text)]
+        return [*units, [Template(end, trained=not texts or texts[-1].train is not False)]]
+
+    def _texts(self, document: Document) -> list[str | None]:
+        """The text of each unit; None for what is never cut."""
+        return [
+            "".join(p.text for p in unit if isinstance(p, Run)) if isinstance(unit[0], Run) else None
+            for unit in self._units(document)
+        ]
+
+    # -- tokens -------------------------------------------------------------------------------------------------
+
+    def _pieces(self, pieces: Sequence[Piece]) -> Encoded:
+        return self._encoded([self._tokens(pieces)])
+
+    def _encoded(self, tokens: Sequence[Tokens]) -> Encoded:
+        kind_L = np.concatenate([t.kinds for t in tokens])
+        blocks = tuple(b for t in tokens for b in t.blocks)
+        return Encoded(
+            ids_L=np.concatenate([t.ids for t in tokens]),
+            trained_L=np.concatenate([t.trained for t in tokens]),
+            kind_L=kind_L,
+            position_ids_3L=self.rendering.positions(kind_L, blocks),
+            segments=(Segment(0, len(kind_L)),),
+            images=blocks,
+        )
+
+    def _tokens(self, pieces: Sequence[Piece]) -> Tokens:
+        found: list[Tokens] = []
+        run: list[Run] = []
 
         def flush() -> None:
             if run:
-                add(*self._tokenise(run), TEXT)
+                found.append(self._tokenise(run))
                 run.clear()
 
-        for piece in pieces:
+        for piece in self._resolved(pieces):
             if isinstance(piece, Run):
                 run.append(piece)
-                continue
-            if isinstance(piece, Template):
+            elif isinstance(piece, Template):
                 for text, control in self.tokenizer.split_controls(piece.text):
                     if control is None:
                         run.append(Run(text, piece.trained))
-                    else:
-                        flush()
-                        add(np.array([control], np.int32), np.array([piece.trained]), TEXT)
-                continue
-            flush()
-            block = self.rendering.place(piece.image, *self.image_size(piece.image))
-            blocks.append(block)
-            token = self.tokenizer.control(self.rendering.image_token)
-            add(np.full(block.num_tokens, token, np.int32), np.zeros(block.num_tokens, bool), IMAGE)
+                        continue
+                    flush()
+                    found.append(Tokens(np.array([control], np.int32), np.array([piece.trained]), _kinds(1, TEXT)))
+            else:
+                flush()
+                found.append(self._block(piece))
         flush()
-        kind_L = np.concatenate(kinds)
-        ids_L = np.concatenate(ids)
-        return Encoded(
-            ids_L=ids_L,
-            trained_L=np.concatenate(trained),
-            kind_L=kind_L,
-            position_ids_3L=self.rendering.positions(kind_L, [b.grid_thw for b in blocks]),
-            segments=(Segment(0, len(ids_L)),),
-            images=tuple(blocks),
+        if len(found) == 1:
+            return found[0]
+        return Tokens(
+            np.concatenate([t.ids for t in found]),
+            np.concatenate([t.trained for t in found]),
+            np.concatenate([t.kinds for t in found]),
+            tuple(b for t in found for b in t.blocks),
         )
 
-    def _tokenise(self, run: list[Run]) -> tuple[np.ndarray, np.ndarray]:
+    def _resolved(self, pieces: Sequence[Piece]) -> Iterator[Template | Run | Picture | Placed]:
+        for piece in pieces:
+            if not isinstance(piece, Film):
+                yield piece
+                continue
+            if self.rendering.video_token is None or self.video_info is None:
+                raise Drop("VIDEO_KIND", "this model family takes no videos")
+            yield from self._resolved(self.rendering.place_video(piece.video, self.video_info(piece.video)))
+
+    def _block(self, piece: Picture | Placed) -> Tokens:
+        name = self.rendering.image_token
+        if isinstance(piece, Placed):
+            assert self.rendering.video_token is not None
+            block, name = piece.block, self.rendering.video_token
+        else:
+            block = self.rendering.place(piece.image, *self.image_size(piece.image))
+        n = block.num_tokens
+        ids = np.full(n, self.tokenizer.control(name), np.int32)
+        return Tokens(ids, np.zeros(n, bool), _kinds(n, IMAGE), (block,))
+
+    def _tokenise(self, run: list[Run]) -> Tokens:
         """A token is trained where its first character is: one that merges a border belongs to the template."""
         text = "".join(r.text for r in run)
         ids, starts = self.tokenizer.plain(text)
         flags = np.repeat([r.trained for r in run], [len(r.text) for r in run])
-        return ids, flags[starts] if len(ids) else np.zeros(0, bool)
+        return Tokens(ids, flags[starts] if len(ids) else np.zeros(0, bool), _kinds(len(ids), TEXT), (), starts)
 
 
-def join_branches(branches: Sequence[Encoded]) -> Encoded:
-    """Conversations with a common beginning as one sample: the beginning once, then each branch behind it.
-
-    The shared prefix is the longest common run of tokens that ends before any branch's first trained token less one,
-    so that every target is predicted by a position of its own branch. Each branch keeps the positions it has alone.
-    """
-    if len(branches) == 1:
-        return branches[0]
-    shared = _shared_prefix(branches)
-    first = branches[0]
-    ids, trained, kinds = [first.ids_L[:shared]], [first.trained_L[:shared]], [first.kind_L[:shared]]
-    positions = [first.position_ids_3L[:, :shared]]
-    num_shared_images = _blocks_within(first, shared)
-    segments = [Segment(0, shared)] if shared else []
-    images = list(first.images[:num_shared_images])
-    at = shared
-    for branch in branches:
-        own = branch.num_tokens - shared
-        segments.append(Segment(at, own, 0, shared))
-        ids.append(branch.ids_L[shared:])
-        trained.append(branch.trained_L[shared:])
-        kinds.append(branch.kind_L[shared:])
-        positions.append(branch.position_ids_3L[:, shared:])
-        images.extend(branch.images[num_shared_images:])
-        at += own
-    return Encoded(
-        ids_L=np.concatenate(ids),
-        trained_L=np.concatenate(trained),
-        kind_L=np.concatenate(kinds),
-        position_ids_3L=np.concatenate(positions, axis=1),
-        segments=tuple(segments),
-        images=tuple(images),
-        num_answers=len(branches),
-    )
+def _kinds(count: int, kind: int) -> np.ndarray:
+    return np.full(count, kind, np.int8)
 
 
-def _shared_prefix(branches: Sequence[Encoded]) -> int:
-    limit = min(b.num_tokens for b in branches) - 1
-    for branch in branches:
-        trained = np.flatnonzero(branch.trained_L)
-        if len(trained):
-            limit = min(limit, int(trained[0]) - 1)
-    limit = max(limit, 0)
-    first = branches[0]
-    for other in branches[1:]:
-        same = (first.ids_L[:limit] == other.ids_L[:limit]) & (first.kind_L[:limit] == other.kind_L[:limit])
-        limit = limit if same.all() else int(np.argmin(same))
-    while limit and not _same_images(branches, limit):
-        limit = _before_last_image(first, limit)
-    if 0 < limit < first.num_tokens and first.kind_L[limit] == IMAGE == first.kind_L[limit - 1]:
-        limit = _before_last_image(first, limit)
-    return limit
+def _joined(parts: Sequence[Part]) -> Iterator[Image | Video | list[Text]]:
+    """Parts in order, neighbouring texts together."""
+    texts: list[Text] = []
+    for part in parts:
+        if isinstance(part, Text):
+            texts.append(part)
+            continue
+        if texts:
+            yield texts
+            texts = []
+        yield part
+    if texts:
+        yield texts
 
 
-def _blocks_within(encoded: Encoded, length: int) -> int:
-    """How many whole image blocks lie in the first `length` tokens."""
-    covered, total = int((encoded.kind_L[:length] == IMAGE).sum()), 0
-    for count, block in enumerate(encoded.images):
-        total += block.num_tokens
-        if total > covered:
-            return count
-    return len(encoded.images)
+def _text_units(texts: Sequence[Text]) -> list[list[Piece]]:
+    """A text as runs of trained and other text, one list for each of its stretches."""
+    whole = "".join(t.text for t in texts)
+    units: list[list[Piece]] = []
+    at, begins = 0, 0
+    for begin, end in stretches(whole):
+        unit: list[Piece] = []
+        while at < len(texts) and begins < end:
+            text, stop = texts[at], begins + len(texts[at].text)
+            if own := text.text[max(begin - begins, 0) : end - begins]:
+                unit.append(Run(own, text.train is not False))
+            if stop > end:
+                break
+            at, begins = at + 1, stop
+        if unit:
+            units.append(unit)
+    return units
 
 
-def _same_images(branches: Sequence[Encoded], length: int) -> bool:
-    count = _blocks_within(branches[0], length)
-    return all(b.images[:count] == branches[0].images[:count] for b in branches)
-
-
-def _before_last_image(encoded: Encoded, length: int) -> int:
-    """The longest prefix below `length` that ends before the last image block which begins there."""
-    inside = np.flatnonzero(encoded.kind_L[:length] == IMAGE)
-    if not len(inside):
-        return 0
-    last = int(inside[-1])
-    while last > 0 and encoded.kind_L[last - 1] == IMAGE:
-        last -= 1
-    return last
+def _unit_size(unit: Tokens, text: str | None) -> UnitSize:
+    if text is None or unit.starts is None:
+        return UnitSize(len(unit), images=min(len(unit.blocks), 1))
+    starts = unit.starts
+    whole = np.flatnonzero(np.diff(starts, prepend=-1) > 0)  # byte-level tokens may begin inside a character
+    ends = sentence_ends(text)
+    return UnitSize(len(unit), 0, whole.tolist(), [i for i in whole.tolist() if int(starts[i]) in ends])

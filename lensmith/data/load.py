@@ -6,22 +6,29 @@ A loader is cheap to build in a worker process and never shared between processe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 
-from lensmith.core.encoded import Encoded, ImageBlock
+from lensmith.core.encoded import Encoded, ImageBlock, VideoInfo
 from lensmith.core.errors import DataError, Drop
-from lensmith.core.sample import Document, Image, Sample, Text
-from lensmith.data.encode import Encoder
+from lensmith.core.sample import Document, Image, Sample, Text, Video
+from lensmith.data.encode import DocumentRules, Encoder
 from lensmith.data.formats import Format, detect
-from lensmith.data.media import ImageLimits, is_data_url, parse_data_url, read_bytes, resolve_media
+from lensmith.data.media import ImageLimits, VideoLimits, is_data_url, parse_data_url, read_bytes, resolve_media
 from lensmith.data.media_open import ImageInfo, open_rgb, probe, probe_file
 from lensmith.data.readers import RowFile, RowRef, open_rows
+from lensmith.data.split import Cut
 from lensmith.data.tokenizer import TextTokenizer
+from lensmith.data.video import probe_video, read_frames
+
+MOST_VIDEOS = 1 << 16
+"""Videos of which a loader remembers what their containers say."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,28 @@ class SourceFile:
     max_samples: int | None = None
     shown: str | None = None
     """The file's name in origins; left out, its path."""
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
+    """Of a Hugging Face dataset."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRef:
+    """Where a sample is: its file, its row, and which piece of a document that was cut."""
+
+    file: int
+    row: RowRef
+    cut: Cut | None = None
+
+
+@dataclass
+class Seen:
+    """What was met in the pictures' headers while a sample was encoded."""
+
+    notes: dict[str, None] = field(default_factory=dict[str, None])
+    sizes: dict[Image, tuple[int, int]] = field(default_factory=dict[Image, tuple[int, int]])
+    """Width and height of each picture."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +80,17 @@ class LoaderSpec:
     too_long: str
     max_row_bytes: int
     text_tokens: tuple[str, ...] = ()
+    documents: DocumentRules = field(default_factory=DocumentRules)
+    videos: VideoLimits = field(default_factory=VideoLimits)
 
     def build(self) -> Loader:
         return Loader(self)
+
+    def open(self, file: int) -> RowFile:
+        f = self.files[file]
+        return open_rows(
+            f.path, name=f.shown, max_row_bytes=self.max_row_bytes, split=f.split, subset=f.subset, revision=f.revision
+        )
 
 
 class Loader:
@@ -65,11 +102,11 @@ class Loader:
         self._roots = [Path(r) for r in spec.roots]
         self._found_for = ""
         self._found: dict[tuple[int, str], Path] = {}
+        self._videos: dict[tuple[str, int, int], VideoInfo] = {}
 
     def rows(self, file: int) -> RowFile:
         if file not in self._rows:
-            f = self.spec.files[file]
-            self._rows[file] = open_rows(Path(f.path), name=f.shown, max_row_bytes=self.spec.max_row_bytes)
+            self._rows[file] = self.spec.open(file)
         return self._rows[file]
 
     def sample(self, file: int, ref: RowRef) -> Sample:
@@ -93,25 +130,45 @@ class Loader:
             self._formats[file] = detect(row, rows.origin(ref))
             return
 
-    def encode(self, file: int, sample: Sample, notes: dict[str, None] | None = None) -> Encoded:
-        """`notes` gathers the notes of the pictures' headers."""
-        limit, count = self.spec.limits.max_images, sample.most_images()
-        if count > limit:
-            raise Drop("IMG_COUNT", f"{count} images > data.image.max_images = {limit}")
-        return self.encoder(file, sample.origin, notes).encode(sample)
+    def encode(self, file: int, sample: Sample, cut: Cut | None = None) -> Encoded:
+        """Raises `Drop` as `Encoder.encode` does, and IMG_COUNT."""
+        self._count_images(sample)
+        return self.encoder(file, sample.origin).encode(sample, cut)
 
-    def encoder(self, file: int, origin: str, notes: dict[str, None] | None = None) -> Encoder:
+    def pieces(self, file: int, sample: Sample, seen: Seen) -> list[tuple[Cut | None, Encoded | Drop]]:
+        """The sample, or each piece of a document that is cut; `Drop` for a piece that cannot be trained."""
+        self._count_images(sample)
+        return self.encoder(file, sample.origin, seen).pieces(sample)
+
+    def _count_images(self, sample: Sample) -> None:
+        limit, count = self.spec.limits.max_images, sample.most_images()
+        splits = isinstance(sample.content, Document) and self.spec.documents.too_long == "split"
+        if count > limit and not splits:
+            raise Drop("IMG_COUNT", f"{count} images > data.image.max_images = {limit}")
+
+    def encoder(self, file: int, origin: str, seen: Seen | None = None) -> Encoder:
         headers: dict[Image, ImageInfo] = {}
+        videos: dict[int, VideoInfo] = {}
+
+        def info(video: Video) -> VideoInfo:
+            if id(video) not in videos:
+                videos[id(video)] = self.video_info(file, video, origin)
+            return videos[id(video)]
 
         def size(image: Image) -> tuple[int, int]:
             if image not in headers:
                 headers[image] = self.header(file, image, origin)
             info = headers[image]
-            if notes is not None:
-                notes.update(dict.fromkeys(info.notes))
+            if seen is not None:
+                seen.notes.update(dict.fromkeys(info.notes))
+                seen.sizes[image] = info.width, info.height
             return info.width, info.height
 
-        return Encoder(self.spec.family, self.tokenizer, size, self.spec.max_tokens, self.spec.too_long)  # type: ignore[arg-type]
+        spec = self.spec
+        rules = replace(spec.documents, max_images=spec.limits.max_images)
+        return Encoder(
+            spec.family, self.tokenizer, size, spec.max_tokens, spec.too_long, rules, info  # type: ignore[arg-type]
+        )  # fmt: skip
 
     def header(self, file: int, image: Image, origin: str) -> ImageInfo:
         """Size, format and notes from the header of a picture; no pixel is decoded."""
@@ -131,14 +188,20 @@ class Loader:
             self._found[(file, path)] = resolve_media(path, [base, *self._roots], origin, base)
         return self._found[(file, path)]
 
-    def handle(self, file: int, image: Image, origin: str) -> str:
+    def handle(self, file: int, image: Image | Video, origin: str) -> str:
         """A cheap identity: where the picture is, or its bytes. Equal handles mean the same picture."""
+        return "\n".join(self.handles(file, image, origin))
+
+    def handles(self, file: int, image: Image | Video, origin: str) -> list[str]:
+        """One handle for each file of a picture or video: a video may be given as its frames."""
+        if isinstance(image, Video) and image.frames:
+            return [handle for frame in image.frames for handle in self.handles(file, frame, origin)]
         if image.data is not None:
-            return hashlib.blake2b(image.data, digest_size=16).hexdigest()
+            return [hashlib.blake2b(image.data, digest_size=16).hexdigest()]
         assert image.path is not None
         if is_data_url(image.path):
-            return hashlib.blake2b(image.path.encode(), digest_size=16).hexdigest()
-        return str(self.path(file, image.path, origin))
+            return [hashlib.blake2b(image.path.encode(), digest_size=16).hexdigest()]
+        return [str(self.path(file, image.path, origin))]
 
     def bytes_of(self, file: int, image: Image, origin: str) -> bytes:
         if image.data is not None:
@@ -156,6 +219,69 @@ class Loader:
             raise Drop("CHANGED", f"the picture is now {picture.size[0]}x{picture.size[1]}")
         return self.spec.family.patches(picture, block)
 
+    # -- videos -------------------------------------------------------------------------------------------------
+
+    def video_info(self, file: int, video: Video, origin: str) -> VideoInfo:
+        """What a video holds. Raises `Drop` as `probe_video` does, and VIDEO_MISSING, VIDEO_READ; of a video that is
+        given as its frames what `header` raises, and VIDEO_FRAMES. ConfigError EXTRA."""
+        if video.frames:
+            headers = [self.header(file, frame, origin) for frame in video.frames]
+            sizes = dict.fromkeys((h.width, h.height) for h in headers)
+            if len(sizes) > 1:
+                raise Drop(
+                    "VIDEO_FRAMES", f"frames of {len(sizes)} sizes, " + " and ".join(f"{w}x{h}" for w, h in sizes)
+                )
+            return VideoInfo(headers[0].width, headers[0].height, len(headers), video.fps or 0.0)
+        with _of_videos():
+            source = self._video_file(file, video, origin)
+            if isinstance(source, bytes):
+                return probe_video(source, self.spec.videos, self.spec.limits)
+            stat = source.stat()
+            known = str(source), stat.st_size, stat.st_mtime_ns
+            if known not in self._videos:  # every epoch asks again, and a container is read to its end to answer
+                if len(self._videos) >= MOST_VIDEOS:
+                    self._videos.clear()
+                self._videos[known] = probe_video(source, self.spec.videos, self.spec.limits)
+            return self._videos[known]
+
+    def video_patches(self, file: int, blocks: Sequence[ImageBlock], origin: str) -> list[np.ndarray]:
+        """uint8 [P, D] of each of these blocks of one video, whose frames are decoded once. Raises `Drop` as
+        `read_frames` and `open_rgb` do."""
+        family, video = self.spec.family, blocks[0].image
+        assert isinstance(video, Video)
+        wanted = sorted({n for block in blocks for n in block.frames})
+        frames = {n: family.resized(p, blocks[0]) for n, p in self._frames(file, video, wanted, origin)}
+        return [family.video_patches([frames[n] for n in block.frames], block) for block in blocks]
+
+    def _frames(
+        self, file: int, video: Video, wanted: Sequence[int], origin: str
+    ) -> Iterator[tuple[int, PIL.Image.Image]]:
+        if not video.frames:
+            with _of_videos():
+                yield from read_frames(self._video_file(file, video, origin), wanted, self.spec.videos)
+            return
+        for n in wanted:
+            yield n, open_rgb(self.bytes_of(file, video.frames[n], origin), self.spec.limits)[0]
+
+    def _video_file(self, file: int, video: Video, origin: str) -> bytes | Path:
+        if video.data is not None:
+            return video.data
+        assert video.path is not None
+        if is_data_url(video.path):
+            raise Drop("VIDEO_FORMAT", "a data: URL; write the video as a file, or its bytes in Parquet")
+        return self.path(file, video.path, origin)
+
+
+@contextmanager
+def _of_videos() -> Iterator[None]:
+    """What is wrong with the file of a video is said of a video."""
+    try:
+        yield
+    except Drop as drop:
+        if drop.reason in ("IMG_MISSING", "IMG_READ"):
+            raise Drop(drop.reason.replace("IMG", "VIDEO"), drop.detail) from None
+        raise
+
 
 def content_key(data: bytes) -> str:
     """The identity of a picture's bytes, for the vision cache."""
@@ -167,12 +293,31 @@ def portable(handle: str, bases: Sequence[str]) -> str:
     return next((handle[len(base) + 1 :] for base in bases if handle.startswith(base + "/")), handle)
 
 
-def digest_of(sample: Sample, handles: Sequence[str]) -> int:
-    """64 bits over everything a sample says; `handles` as `portable` gives them."""
-    h = hashlib.blake2b(digest_size=8)
-    h.update(repr(_texts(sample.content)).encode("utf-8", "surrogatepass"))
+def said_by(sample: Sample) -> bytes:
+    """Everything a sample says but its pictures."""
+    return repr(_texts(sample.content)).encode("utf-8", "surrogatepass")
+
+
+def digest_of(said: bytes, handles: Sequence[str], cut: Cut | None = None) -> int:
+    """64 bits over what a sample (or a piece of it) says and shows; `handles` as `portable` gives them."""
+    h = hashlib.blake2b(said, digest_size=8)
     h.update(repr(list(handles)).encode("utf-8", "surrogatepass"))
+    if cut is not None:
+        h.update(repr(cut).encode())
     return int.from_bytes(h.digest(), "little", signed=True)
+
+
+def look_of(handles: Sequence[str]) -> int:
+    """64 bits that are equal for samples that show the same pictures in the same order; 0 without pictures."""
+    text = "\0".join(handles).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True) or 1 if handles else 0
+
+
+def id_hash(text: str | None) -> int:
+    """64 bits of a row's id; 0 for none."""
+    if text is None:
+        return 0
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True) or 1
 
 
 def _texts(content: Any) -> Any:

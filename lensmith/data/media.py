@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lensmith.config.part import Part
 from lensmith.core.errors import DataError, Drop
@@ -70,6 +70,44 @@ class ImageLimits(Part):
 
     frames: Literal["drop", "first"] = "drop"
     """An animation or multi-page file: drop its sample, or train on its first frame (counted as `first_frame`)."""
+
+
+class VideoLimits(Part):
+    """How a video is shown, and what it may be. Its pictures are held to `data.image` too."""
+
+    fps: float | None = Field(default=None, gt=0)
+    """Frames shown of a second of video; an `fps` beside a video in the data goes first. Left out: the model's own
+    setting, else 2."""
+
+    min_frames: int | None = Field(default=None, ge=2)
+    """Fewest frames shown of a video that has them. Left out: the model's own setting, else 4."""
+
+    max_frames: int | None = Field(default=None, ge=2)
+    """Most frames shown of a video. Left out: the model's own setting, else 768."""
+
+    min_pixels: int | None = Field(default=None, ge=1)
+    """Frames below this area are enlarged. Left out: the model's own setting."""
+
+    max_pixels: int | None = Field(default=None, ge=1)
+    """Frames above this area are reduced. Left out: the model's own setting."""
+
+    total_pixels: int | None = Field(default=None, ge=1)
+    """Most pixels of all shown frames of a video together: the more frames, the smaller they are, down to
+    `min_pixels`. Left out: the model's own setting; Qwen2-VL and Qwen2.5-VL have none."""
+
+    max_seconds: float = Field(default=3600.0, gt=0)
+    """Longest video."""
+
+    max_bytes: int = Field(default=2**30, gt=0)
+    """Largest file of a video, in bytes."""
+
+    @model_validator(mode="after")
+    def _lowest_first(self) -> VideoLimits:
+        for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels"), ("min_pixels", "total_pixels")):
+            fewest, most = getattr(self, low), getattr(self, high)
+            if fewest is not None and most is not None and fewest > most:
+                raise ValueError(f"{low} {fewest} is above {high} {most}")
+        return self
 
 
 def resolve_media(path: str, roots: Sequence[Path], origin: str, base: Path) -> Path:

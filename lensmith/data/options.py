@@ -9,17 +9,18 @@ from pydantic import BeforeValidator, Field
 
 from lensmith.config.part import Part, choice
 from lensmith.data.formats import Format
-from lensmith.data.media import ImageLimits
+from lensmith.data.media import ImageLimits, VideoLimits
 
 
 class Source(Part):
     """One source of samples: a file, a folder or a glob, and how its rows read."""
 
     path: str
-    """File (.jsonl, .json, .parquet), folder or glob; relative to the run file."""
+    """File (.jsonl, .json, .parquet, .tar), folder, glob or `shard-{000..009}.tar`, relative to the run file; a saved
+    Hugging Face dataset, or `hf://org/name`; or a URL of such files (s3, gs, https, ...)."""
     format: Format | None = None
-    """Row layout: `messages`, `sharegpt`, `alpaca`, `document`, or a mapping with its options. Left out: detected from
-    the first row."""
+    """Row layout: `messages`, `sharegpt`, `alpaca`, `document`, `interleaved`, `webdataset`, or a mapping with its
+    options. Left out: detected from the first row."""
     media_dir: str | None = None
     """Folder that relative picture paths count from. Left out: the folder of the data file."""
     name: str | None = None
@@ -130,6 +131,8 @@ class Data(Part):
     """Pictures above this area are reduced. Left out: the model's own setting."""
     image: ImageLimits = ImageLimits()
     """What a picture may be at all."""
+    video: VideoLimits = VideoLimits()
+    """How videos are shown, and what a video may be at all."""
     max_dropped: float = Field(default=0.05, ge=0, le=1)
     """The run stops before step 1 when a larger share of the rows is dropped."""
     max_row_bytes: int = Field(default=64 << 20, ge=1024)

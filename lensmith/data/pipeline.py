@@ -35,6 +35,18 @@ class StepRows:
     """Sum of loss weights over the supervised positions of all ranks: what the loss is divided by."""
     wait_seconds: float = 0.0
     dropped: list[tuple[int, str, str]] = field(default_factory=list)
+    cost: Cost = field(default_factory=lambda: Cost())
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a step was predicted to cost, in tokens (four vision patches count as one)."""
+
+    total: float = 0.0
+    ranks: float = 1.0
+    """Dearest rank over the mean."""
+    rows: float = 1.0
+    """Dearest micro-batch over the mean of those that hold anything, over all ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +56,7 @@ class _Waiting:
     step: Step
     members: list[list[Member]]
     rows: list[Future[PackedRow | _Refused]]
+    cost: Cost
 
 
 SHOWN_ORIGINS = 8
@@ -110,25 +123,31 @@ class Pipeline:
         self._loader: Loader | None = None
         self._tokens = self.index.column("tokens")
         self._patches = self.index.column("patches")
-        self._weights = self.index.weights
-        self._handles = [() if h is None else tuple(h) for h in self.index.column("handles")]
-        numbers: dict[tuple[str, ...], int] = {}
-        self._clusters = np.array([numbers.setdefault(h, len(numbers)) if h else -1 for h in self._handles], np.int64)
-        """Equal for samples that show the same pictures. Sharing only the first would not do: the others' patches
-        would be counted against `device_patches` once for all."""
+        self._sources = self.index.column("source")
+        self._weights = self.index.source_weights
+        self._looks = self.index.column("look")
 
     def rows_of(self, step: Step) -> list[list[Member]]:
         """This rank's micro-batches of a step, before they are read."""
+        return self.placed(step)[0]
+
+    def placed(self, step: Step) -> tuple[list[list[Member]], Cost]:
         m = step.members
         if not len(m):
-            return []
+            return [], Cost()
         tokens, patches = self._tokens[m], self._patches[m]
-        placed = place(tokens, patches, tokens + patches / 4.0, self._clusters[m], ranks=self.ranks, limits=self.limits)
-        return [[self.member(int(m[i])) for i in row] for row in placed[self.rank]]
+        costs = tokens + patches / 4.0
+        # clusters show the same pictures, all of them: others' patches would count against device_patches only once
+        clusters = np.where(self._looks[m] == 0, -1, self._looks[m])
+        ranks = place(tokens, patches, costs, clusters, ranks=self.ranks, limits=self.limits)
+        each = [[float(costs[list(row)].sum()) for row in rows if row] for rows in ranks]
+        cost = Cost(float(costs.sum()), _spread([sum(c) for c in each]), _spread([c for rank in each for c in rank]))
+        return [[self.member(int(m[i])) for i in row] for row in ranks[self.rank]], cost
 
     def member(self, number: int) -> Member:
-        file, ref = self.index.refs[number]
-        return Member(number, file, ref, float(self._weights[number]), int(self._tokens[number]))
+        source = int(self._sources[number])
+        tokens = int(self._tokens[number])
+        return Member(number, self.index.ref(number), float(self._weights[source]), tokens, source)
 
     def steps(self, start: int = 0, cursor: int | None = None) -> Iterator[StepRows]:
         """Raises `RunError` DATA_WORKER when a worker process dies, naming the samples it had."""
@@ -136,8 +155,9 @@ class Pipeline:
         if self.workers == 0:
             for step in plan:
                 begin = time.perf_counter()
-                rows = [self._read(members, self._known_of(members)) for members in self.rows_of(step)]
-                yield self._finish(step, rows, time.perf_counter() - begin)
+                members, cost = self.placed(step)
+                rows = [self._read(row, self._known_of(row)) for row in members]
+                yield self._finish(step, rows, time.perf_counter() - begin, cost)
             return
         context = multiprocessing.get_context("fork")
         pool = ProcessPoolExecutor(
@@ -156,7 +176,7 @@ class Pipeline:
         seen: set[str] = set()
         for number in range(len(self._tokens)):
             done = number + 1
-            handles = self._handles[number]
+            handles = self.index.handles(number)
             if seen.issuperset(handles):
                 continue
             seen.update(handles)
@@ -172,8 +192,8 @@ class Pipeline:
         waiting: deque[_Waiting] = deque()
         try:
             for step in plan:
-                members = self.rows_of(step)
-                waiting.append(_Waiting(step, members, []))
+                members, cost = self.placed(step)
+                waiting.append(_Waiting(step, members, [], cost))
                 for row in members:
                     waiting[-1].rows.append(pool.submit(_work, row, self._known_of(row)))
                 if len(waiting) > self.ahead:
@@ -185,7 +205,9 @@ class Pipeline:
 
     def _known_of(self, members: list[Member]) -> dict[str, str]:
         """The known pictures that these members show."""
-        return self.known([h for m in members for h in self._handles[m.number]])
+        if self.known is no_picture_known:
+            return {}
+        return self.known([h for m in members for h in self.index.handles(m.number)])
 
     def _collect(self, waiting: deque[_Waiting]) -> StepRows:
         begin = time.perf_counter()
@@ -195,7 +217,8 @@ class Pipeline:
             if isinstance(row, _Refused):
                 raise row.error()
             rows.append(row)
-        return self._finish(waiting.popleft().step, rows, time.perf_counter() - begin)
+        done = waiting.popleft()
+        return self._finish(done.step, rows, time.perf_counter() - begin, done.cost)
 
     def _worker_died(self, waiting: deque[_Waiting]) -> RunError:
         """Rows are handed out in order: the first unfinished ones were being read."""
@@ -204,7 +227,7 @@ class Pipeline:
             done = [f.done() and not f.cancelled() and f.exception() is None for f in w.rows]
             unread += [(w.step, row) for n, row in enumerate(w.members) if n >= len(done) or not done[n]]
         numbers = [m.number for _, row in unread[: self.workers] for m in row]
-        origins = [str(self.index.column("origin")[n]) for n in numbers]
+        origins = self.index.origins(numbers)
         more = f" and {len(origins) - SHOWN_ORIGINS} more" if len(origins) > SHOWN_ORIGINS else ""
         return RunError(
             "DATA_WORKER",
@@ -222,20 +245,24 @@ class Pipeline:
         """A row again with all its pixels (its cached features were evicted meanwhile, or an incident is traced)."""
         return self._read([self.member(n) for n in members], {})
 
-    def _finish(self, step: Step, rows: list[PackedRow], wait: float) -> StepRows:
+    def _finish(self, step: Step, rows: list[PackedRow], wait: float, cost: Cost) -> StepRows:
         dropped = [d for row in rows for d in row.dropped]
         members = step.members
-        supervised = self.index.column("supervised")[members] if len(members) else np.zeros(0)
-        total = float((supervised * self._weights[members]).sum()) if len(members) else 0.0
+        weighted = self.index.column("supervised")[members] * self._weights[self._sources[members]]
         gone = {d[0] for d in dropped}
-        lost = [i for i, n in enumerate(members.tolist()) if n in gone]
-        total -= float((supervised[lost] * self._weights[members[lost]]).sum()) if lost else 0.0
+        lost = np.array([n in gone for n in members.tolist()], bool)
         return StepRows(
             step=step,
             rows=[r for r in rows if r.num_tokens],
-            num_samples=len(members) - len(lost),
+            num_samples=len(members) - int(lost.sum()),
             num_tokens=int(sum(r.num_tokens for r in rows)),
-            num_supervised=total,
+            num_supervised=float(weighted[~lost].sum(dtype=np.float64)),
             wait_seconds=wait,
             dropped=dropped,
+            cost=cost,
         )
+
+
+def _spread(values: list[float]) -> float:
+    """Largest over mean."""
+    return max(values) * len(values) / sum(values) if values and sum(values) else 1.0

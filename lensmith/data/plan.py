@@ -1,8 +1,9 @@
 """Which samples train in which step: a pure function of (index, seed, batch rule, exclusions).
 
-The stream is endless: epoch after epoch, each its own permutation. It knows nothing of ranks, workers or packing, so
-a run resumes from a step number and a cursor with any number of ranks. The length (`epochs`, `max_steps`) only says
-where the stream is cut, so a run can be made longer later.
+The stream is endless: epoch after epoch, each its own permutation; of a mixture, draws from sources of which each has
+epochs of its own. It knows nothing of ranks, workers or packing, so a run resumes from a step number and a cursor with
+any number of ranks. The length (`epochs`, `max_steps`) only says where the stream is cut, so a run can be made longer
+later. Nothing is as large as the data: orders and token counts are read in pieces.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ from typing import Literal
 
 import numpy as np
 
+from lensmith.data.mixture import Mixture
+from lensmith.data.shuffle import Shuffle
+
 Partial = Literal["carry", "epoch_end", "drop"]
+
+CHUNK = 65_536
+"""Stream positions whose tokens are summed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +30,16 @@ class Step:
     number: int
     members: np.ndarray
     epoch: float
-    """Epochs completed after this step."""
+    """Epochs completed after this step. Of a mixture: draws over samples of all sources."""
     cursor: int
     """Position in the stream after this step."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`num_tokens[i]` is needed only for a token rule. `epochs` None: endless (bounded by `max_steps`)."""
+    """`num_tokens[i]` is needed only for a token rule; it may be a memory map. `epochs` None: endless (bounded by
+    `max_steps`). With a `mixture`, source s has the `sizes[s]` samples that follow those of the sources before it;
+    an epoch is as many draws as there are samples, and the stream ends where the mixture does, if that is earlier."""
 
     num_samples: int
     seed: int
@@ -43,14 +52,39 @@ class Plan:
     excluded: Mapping[int, int] = field(default_factory=dict)
     """Sample -> first step that leaves it out. Append-only, saved with the run."""
 
-    def order(self, epoch: int) -> np.ndarray:
-        """The permutation of one epoch; counter-based, so any epoch is reached without the ones before it."""
-        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num_samples)
+    sizes: tuple[int, ...] = ()
+    """Samples of each source of a mixture."""
+    mixture: Mixture | None = None
+    """None: all samples are one source."""
+
+    def __post_init__(self) -> None:
+        if self.mixture is not None:
+            assert sum(self.sizes) == self.num_samples and len(self.sizes) == len(self.mixture.weights)
+            assert all(n or not w for n, w in zip(self.sizes, self.mixture.weights, strict=True)), "an empty source"
+
+    def order(self, epoch: int, source: int = 0) -> np.ndarray:
+        """The permutation of one epoch of a source, whole."""
+        size = self._sizes[source]
+        return Shuffle(size, self.seed, epoch, source).take(0, size)
+
+    def drawn(self, position: int) -> tuple[int, ...]:
+        """Draws of each source before a position in the stream; without a mixture all samples are one source."""
+        return (position,) if self.mixture is None else self.mixture.counts(position)
+
+    def epochs_of(self, position: int) -> tuple[float, ...]:
+        """Passes over each source before a position in the stream."""
+        return tuple(d / n if n else 0.0 for d, n in zip(self.drawn(position), self._sizes, strict=True))
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return (self.num_samples,) if self.mixture is None else self.sizes
 
     @property
     def end(self) -> int | None:
-        """Stream position where the last epoch ends."""
-        return None if self.epochs is None else round(self.num_samples * self.epochs)
+        """Stream position where the last epoch ends, or where every source of the mixture is used up."""
+        last = None if self.epochs is None else round(self.num_samples * self.epochs)
+        own = None if self.mixture is None else self.mixture.end
+        return own if last is None else last if own is None else min(last, own)
 
     def num_steps(self, done: int = 0, cursor: int = 0) -> int:
         """Steps of the whole run, of which `done` are taken and led to `cursor`. A token rule walks the rest of the
@@ -136,12 +170,15 @@ class Plan:
 
 
 class _Walk:
-    """The epochs in use of one walk along the stream."""
+    """The pieces of orders and token sums in use of one walk along the stream."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self._orders: dict[int, np.ndarray] = {}
-        self._sums: dict[int, np.ndarray] = {}
+        self._starts = np.cumsum([0, *plan._sizes]).tolist()
+        self._shuffles: dict[int, dict[int, Shuffle]] = {}
+        self._begin = 0
+        self._sums = np.zeros(1, np.int64)
+        """Tokens of the first so many samples from stream position `_begin` on."""
 
     def fill(self, position: int, limit: int | None) -> tuple[int, bool]:
         """(where the step that begins at `position` stops, whether it stops for being full)."""
@@ -152,39 +189,61 @@ class _Walk:
             return (stop, True) if limit is None or stop <= limit else (limit, False)
         stop, left = position, plan.tokens
         while limit is None or stop < limit:
-            epoch, offset = divmod(stop, plan.num_samples)
-            sums = self._sums_of(epoch)
+            offset, sums = self._sums_at(stop)
             most = int(np.searchsorted(sums, sums[offset] + left, side="right")) - 1 - offset
             if limit is not None:
                 most = min(most, limit - stop)
             left -= int(sums[offset + most] - sums[offset])
             stop += most
-            if offset + most < plan.num_samples:
+            if offset + most < len(sums) - 1:
                 break
         if stop == position:  # a sample of more tokens than a step has: alone
             return position + 1, True
         return stop, left == 0 or limit is None or stop < limit
 
     def members(self, begin: int, end: int) -> np.ndarray:
-        found: list[np.ndarray] = []
+        """The samples at stream positions `begin` to `end`."""
+        mixture = self.plan.mixture
+        if mixture is None:
+            return self._draws(0, begin, end)
+        sources, draws = mixture.draws(begin, end)
+        by_source = np.argsort(sources, kind="stable")
+        found, done = [np.zeros(0, np.int64)], 0
+        for source, times in enumerate(np.bincount(sources).tolist()):
+            if times:
+                first = int(draws[by_source[done]])
+                found.append(self._starts[source] + self._draws(source, first, first + times))
+                done += times
+        members = np.empty(end - begin, np.int64)
+        members[by_source] = np.concatenate(found)
+        return members
+
+    def _draws(self, source: int, begin: int, end: int) -> np.ndarray:
+        """The samples of a source's draws `begin` to `end`, epoch after epoch."""
+        size = self.plan._sizes[source]
+        found = [np.zeros(0, np.int64)]
         while begin < end:
-            epoch, offset = divmod(begin, self.plan.num_samples)
-            taken = self._order(epoch)[offset : offset + end - begin]
-            found.append(taken)
-            begin += len(taken)
+            epoch, offset = divmod(begin, size)
+            found.append(self._shuffle(source, epoch).take(offset, min(size, offset + end - begin)))
+            begin += len(found[-1])
         return np.concatenate(found)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            for kept in (self._orders, self._sums):
-                for old in [e for e in kept if e < epoch - 1]:
-                    del kept[old]
-            self._orders[epoch] = self.plan.order(epoch)
-        return self._orders[epoch]
+    def _shuffle(self, source: int, epoch: int) -> Shuffle:
+        """Two epochs of a source are kept: sums look ahead into the next one."""
+        kept = self._shuffles.setdefault(source, {})
+        if epoch not in kept:
+            if len(kept) == 2:
+                del kept[next(iter(kept))]
+            kept[epoch] = Shuffle(self.plan._sizes[source], self.plan.seed, epoch, source)
+        return kept[epoch]
 
-    def _sums_of(self, epoch: int) -> np.ndarray:
-        if epoch not in self._sums:
-            assert self.plan.num_tokens is not None
-            order = self._order(epoch)
-            self._sums[epoch] = np.concatenate([[0], np.cumsum(self.plan.num_tokens[order].astype(np.int64))])
-        return self._sums[epoch]
+    def _sums_at(self, position: int) -> tuple[int, np.ndarray]:
+        """(offset of a stream position in sums of tokens, these sums); at least one sample follows there."""
+        if not self._begin <= position < self._begin + len(self._sums) - 1:
+            num_tokens, end = self.plan.num_tokens, self.plan.end
+            assert num_tokens is not None
+            size = min(CHUNK, max(512, 2 * len(self._sums)))  # a short walk reads little
+            members = self.members(position, position + size if end is None else min(position + size, end))
+            self._begin = position
+            self._sums = np.concatenate([[0], np.cumsum(num_tokens[members], dtype=np.int64)])
+        return position - self._begin, self._sums

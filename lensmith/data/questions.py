@@ -9,7 +9,7 @@ import numpy as np
 
 from lensmith.core.encoded import Encoded, PackedRow
 from lensmith.core.errors import Drop
-from lensmith.core.sample import Conversation, Document, Image, Message, Text
+from lensmith.core.sample import Conversation, Document, Image, Message, Part, Text
 from lensmith.data.collate import Pictures
 from lensmith.data.load import Loader
 from lensmith.data.readers import RowRef
@@ -69,7 +69,7 @@ def _with_pictures(conversation: Conversation, pictures: Sequence[Image]) -> Con
     count = 0
     messages: list[Message] = []
     for message in conversation.messages:
-        parts: list[Text | Image] = []
+        parts: list[Part] = []
         for part in message.parts:
             if isinstance(part, Image):
                 part, count = pictures[count % len(pictures)], count + 1
@@ -82,9 +82,8 @@ def picture_row(loader: Loader, questions: Sequence[Question], known: dict[str, 
     """The pictures of `questions` in order, each distinct one once; a row without tokens."""
     pictures = Pictures(loader, known)
     order = [n for q in questions for n in pictures.add(q.file, q.prompt, q.origin)]
-    empty = np.zeros(0, np.int32)
-    row = PackedRow(
-        empty, np.zeros(0, np.int8), np.zeros((3, 0), np.int32), (), empty, empty, np.zeros(0, np.float32), empty
-    )
+    none = np.zeros(0, np.int32)
+    nobody, weightless = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    row = PackedRow(none, np.zeros(0, np.int8), np.zeros((3, 0), np.int32), (), none, none, weightless, nobody)
     pictures.fill(row, order)
     return row

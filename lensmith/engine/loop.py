@@ -76,6 +76,8 @@ class Loop:
     evaluate_every: int | None
     callbacks: Callbacks
     progress: Progress = field(default_factory=Progress)
+    first_step: int = 0
+    """Steps of the stages before; only said."""
 
     def run(self, steps: Iterator[StepInput]) -> Progress:
         """Until the steps end, `max_steps`, an early stop or a signal; always saves at the end.
@@ -98,14 +100,14 @@ class Loop:
                     self.callbacks.save(self.progress, metrics)
                     last_save, saved_at = time.monotonic(), done
                 if signals.caught is not None:
-                    raise Interrupted(signals.caught, done)
+                    raise Interrupted(signals.caught, self.first_step + done)
                 if stop:
                     self.callbacks.event("early_stop", {"step": done})
                     break
             if saved_at != self.progress.step:
                 self.callbacks.save(self.progress, None)
             if signals.caught is not None:
-                raise Interrupted(signals.caught, self.progress.step)
+                raise Interrupted(signals.caught, self.first_step + self.progress.step)
         return self.progress
 
     def _one(self, data: StepInput) -> None:
@@ -134,8 +136,8 @@ class Loop:
         if p.bad_in_a_row > self.train.max_bad_steps:
             raise RunError(
                 "NONFINITE",
-                f"loss or gradient was not finite in {p.bad_in_a_row} steps in a row, up to step {p.step}; "
-                "none was applied",
+                f"loss or gradient was not finite in {p.bad_in_a_row} steps in a row, up to step "
+                f"{self.first_step + p.step}; none was applied",
                 remedy="lower optimizer.lr, or look at the samples of these steps with `lensmith show`",
             )
 

@@ -107,9 +107,11 @@ class MasterAdamW:
         return out
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take up what `tensors` gave. Names and shapes were checked by the caller."""
+        """Take up what `tensors` gave, as far as it is there. Names and shapes were checked by the caller."""
         with torch.no_grad():
             for name, p in self.named:
+                if f"param/{name}" not in tensors:
+                    continue
                 target = self.master[name]
                 target.copy_(tensors[f"param/{name}"])
                 if self.masters:

@@ -55,3 +55,16 @@ def read_state(folder: Path, optimizer: MasterAdamW) -> Progress:
     progress = saved["progress"]
     progress["excluded"] = {int(k): int(v) for k, v in progress["excluded"]}
     return Progress(**progress)
+
+
+def carry_state(folder: Path, optimizer: MasterAdamW, *, moments: bool) -> None:
+    """Take from another stage's state what this optimizer trains too, by name: float32 parameters, and its moments
+    if `moments`. What only one of them trains is left as it is. Raises `RunError` RESUME for another shape."""
+    tensors = load_file(folder / "training.safetensors")
+    shapes = {n: tuple(p.shape) for n, p in optimizer.named}
+    both = [n for n in shapes if f"param/{n}" in tensors]
+    for name in both:
+        if tuple(tensors[f"param/{name}"].shape) != shapes[name]:
+            raise RunError("RESUME", f"{name} had another shape in the stage before", where=str(folder))
+    kinds = ("param", *MOMENTS) if moments else ("param",)
+    optimizer.load_tensors({k: v for n in both for kind in kinds if (v := tensors.get(k := f"{kind}/{n}")) is not None})

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lensmith.engine.optimizer import MasterAdamW
+from lensmith.objective.by_source import BySource
 
 Terms = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -28,6 +31,15 @@ class StepResult:
     applied: bool
     rates: dict[str, float]
     empty: bool = False
+    by_source: tuple[tuple[float, float], ...] = ()
+    """Of each source: sum of the losses (unweighted) and number of supervised positions."""
+    row_seconds: tuple[float, ...] = ()
+    """Seconds of each micro-batch, forward and backward."""
+
+    @property
+    def row_seconds_spread(self) -> float:
+        """Slowest micro-batch over the mean."""
+        return max(self.row_seconds) * len(self.row_seconds) / sum(self.row_seconds) if self.row_seconds else 1.0
 
 
 def run_step(
@@ -46,12 +58,16 @@ def run_step(
     """
     optimizer.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
+    sources, ends = BySource(), [time.perf_counter()]
     for row in rows:
-        loss_sum, _ = root(row)["loss"]
+        terms = root(row)
+        loss_sum, _ = terms["loss"]
+        sources.add(terms)
         if loss_sum.requires_grad:  # a row without pictures has no gradient when only the vision path trains
             (loss_sum / count).backward()
             optimizer.collect()
         total += loss_sum.detach().double().cpu()
+        ends.append(time.perf_counter())
     loss = float(total / count)
     norms = _norms(optimizer, part_of)
     norm = float(torch.stack(list(norms.values())).square().sum().sqrt()) if norms else 0.0
@@ -63,7 +79,8 @@ def run_step(
         optimizer.step(factor)
     rates = optimizer.rates()
     optimizer.zero_grad()
-    return StepResult(loss, norm, parts, finite, rates)
+    seconds = tuple(b - a for a, b in pairwise(ends))
+    return StepResult(loss, norm, parts, finite, rates, by_source=sources.sums(), row_seconds=seconds)
 
 
 def _finite(value: float) -> bool:

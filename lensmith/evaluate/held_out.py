@@ -20,27 +20,35 @@ from lensmith.evaluate.generate import greedy
 from lensmith.evaluate.metrics import by_group, commonest_answers, exact_match
 from lensmith.evaluate.options import Generate
 from lensmith.model.root import Root
+from lensmith.objective.by_source import BySource
 
 Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
-def mean_loss(root: Root, pipeline: Pipeline, dropped: dict[str, str], progress: Progress | None = None) -> float:
-    """Loss sum over supervised tokens of the whole held-out set, divided once. Samples whose pictures do not decode go
-    into `dropped` (origin -> reason)."""
+def mean_loss(
+    root: Root, pipeline: Pipeline, dropped: dict[str, str], progress: Progress | None = None
+) -> dict[str, float]:
+    """`loss`: the loss sum over supervised tokens of the whole held-out set, divided once; `loss/NAME` of each source
+    where there are several, unweighted. Samples whose pictures do not decode go into `dropped` (origin -> reason)."""
     total, count = torch.zeros((), dtype=torch.float64), 0.0
-    done = 0
+    done, sources = 0, BySource()
     for step in pipeline.steps():
         for row in step.rows:
-            loss, weight = root(row if root.ready(row) else pipeline.reread(row.members))["loss"]
+            terms = root(row if root.ready(row) else pipeline.reread(row.members))
+            loss, weight = terms["loss"]
             total += loss.double().cpu()
             count += float(weight)
+            sources.add(terms)
         for number, reason, detail in step.dropped:
-            dropped[pipeline.index.column("origin")[number]] = f"{reason} {detail}"
+            dropped[pipeline.index.origin(number)] = f"{reason} {detail}"
         done += step.num_samples + len(step.dropped)
         if progress is not None:
             progress(done, pipeline.plan.num_samples)
-    return float(total / count) if count else float("nan")
+    found = {"loss": float(total / count) if count else float("nan")}
+    names = pipeline.index.sources
+    each = dict(zip(names, sources.sums(), strict=False)) if len(names) > 1 else {}
+    return found | {f"loss/{name}": loss / n for name, (loss, n) in each.items() if n}
 
 
 @dataclass(frozen=True)
@@ -80,11 +88,11 @@ class Answers:
         batch: list[Question] = []
         longest = 0
         for n, number in enumerate(samples):
-            file, ref = self.index.refs[number]
+            at = self.index.ref(number)
             try:
-                questions = load_questions(self.loader, file, ref, self._pictures_of(pictures.get(number)))
+                questions = load_questions(self.loader, at.file, at.row, self._pictures_of(pictures.get(number)))
             except Drop as drop:
-                self.dropped[self.index.column("origin")[number]] = str(drop)
+                self.dropped[self.index.origin(number)] = str(drop)
                 continue
             for question in questions:
                 longest = max(longest, question.prompt.num_tokens)
@@ -99,8 +107,8 @@ class Answers:
     def _pictures_of(self, number: int | None) -> tuple[int, list[Image]] | None:
         if number is None:
             return None
-        file, ref = self.index.refs[number]
-        return file, self.loader.sample(file, ref).images()
+        at = self.index.ref(number)
+        return at.file, self.loader.sample(at.file, at.row).images()
 
     def _answer(self, batch: list[Question]) -> list[Answered]:
         try:
@@ -145,8 +153,9 @@ class Answers:
 
 def _pairs(index: Index) -> Iterable[tuple[str, str]]:
     loader = index.spec.build()
-    for file, ref in index.refs:
-        yield from question_pairs(loader.sample(file, ref))
+    for number in range(len(index.trainable)):
+        at = index.ref(number)
+        yield from question_pairs(loader.sample(at.file, at.row))
 
 
 def question_pairs(sample: Sample) -> list[tuple[str, str]]:
@@ -165,9 +174,9 @@ def _picture_row(loader: Loader, batch: Sequence[Question], root: Root) -> Packe
 
 
 def _swaps(index: Index, samples: Sequence[int]) -> dict[int, int]:
-    """Sample -> another one with as many pictures, whose first picture differs; a fixed rotation."""
+    """Sample -> another one with as many pictures, but others; a fixed rotation."""
     images = index.column("images")
-    clusters = index.clusters
+    looks = index.column("look")
     by_count: dict[int, list[int]] = {}
     for s in samples:
         if images[s]:
@@ -177,7 +186,7 @@ def _swaps(index: Index, samples: Sequence[int]) -> dict[int, int]:
         for i, s in enumerate(group):
             half = len(group) // 2 or 1
             others = (group[(i + half + k) % len(group)] for k in range(len(group)))
-            other = next((o for o in others if clusters[o] != clusters[s]), None)
+            other = next((o for o in others if looks[o] != looks[s]), None)
             if other is not None:
                 out[s] = other
     return out

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from lensmith.core.encoded import ImageBlock
-from lensmith.core.sample import Conversation, Document, Image
+from lensmith.core.encoded import ImageBlock, VideoInfo
+from lensmith.core.sample import Conversation, Image, Video
 from lensmith.data.encode import Piece
 
 if TYPE_CHECKING:
@@ -41,23 +41,48 @@ class PixelSettings:
     std: tuple[float, float, float]
 
 
+@dataclass(frozen=True, slots=True)
+class VideoSettings:
+    """How many frames of a video are shown and how large, from the model's own files or the run file."""
+
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+    min_pixels: int = 0
+    """Of one frame."""
+    max_pixels: int | None = None
+    min_total: int = 0
+    """Of all shown frames together."""
+    max_total: int | None = None
+    floor: int = 0
+    """Pixels of one frame below which `max_total` does not press."""
+    tokens_per_second: float = 0.0
+    """Rotary positions of a second; 0: a row of the grid is one position, however long it lasts."""
+
+
 class Family(Protocol):
     """See `qwen_vl.py` for the reference implementation and docs/adding_a_family.md for the steps."""
 
     name: str
     image_token: str
+    video_token: str | None
+    start_of_document: str
     end_of_document: str
     control_tokens: tuple[str, ...]
     packing: Literal["segments", "one_sample_per_row"]
     pixels: PixelSettings
+    video: VideoSettings
     turn_end: str
 
     # data half
     def render(self, conversation: Conversation, *, ask: bool = False) -> list[Piece]: ...
-    def render_document(self, document: Document) -> list[Piece]: ...
+    def render_media(self, part: Image | Video) -> list[Piece]: ...
     def place(self, image: Image, width: int, height: int) -> ImageBlock: ...
+    def place_video(self, video: Video, info: VideoInfo) -> list[Piece]: ...
+    def resized(self, picture: PIL.Image.Image, block: ImageBlock) -> PIL.Image.Image: ...
     def patches(self, picture: PIL.Image.Image, block: ImageBlock) -> np.ndarray: ...
-    def positions(self, kind_L: np.ndarray, grids: Sequence[tuple[int, int, int]]) -> np.ndarray: ...
+    def video_patches(self, frames: Sequence[PIL.Image.Image], block: ImageBlock) -> np.ndarray: ...
+    def positions(self, kind_L: np.ndarray, blocks: Sequence[ImageBlock]) -> np.ndarray: ...
 
     # model half
     def part_of(self, name: str) -> PartName: ...

@@ -1,7 +1,8 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: chat form, image placement, rotary positions, parts, forward.
 
 Vendor sources: the models' chat templates, `preprocessor_config.json`, and transformers' `modeling_qwen2_vl`,
-`modeling_qwen2_5_vl`, `modeling_qwen3_vl`. Equality with them is tested token by token and pixel by pixel.
+`modeling_qwen2_5_vl`, `modeling_qwen3_vl`. Equality with them is tested token by token and pixel by pixel. Videos are
+in `qwen_vl_video.py`.
 
 Deliberate differences from the vendor's template, by name:
 - `typed_control_tokens`: `<|im_end|>`, `<|image_pad|>`, `<tool_call>`, ... inside data stay text;
@@ -16,20 +17,20 @@ Training: assistant text and its `<|im_end|>` are targets; role headers, images 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from lensmith.core.encoded import IMAGE, ImageBlock
-from lensmith.core.errors import Drop
-from lensmith.core.sample import Conversation, Document, Image, Message, Text
-from lensmith.data.encode import Picture, Piece, Run, Template
-from lensmith.family.base import PartName, PixelSettings
+from lensmith.core.encoded import IMAGE, ImageBlock, VideoInfo
+from lensmith.core.sample import Conversation, Image, Message, Part, Text, Video
+from lensmith.data.encode import Film, Picture, Piece, Run, Template
+from lensmith.data.media import VideoLimits
+from lensmith.family.base import PartName, PixelSettings, VideoSettings
+from lensmith.family.qwen_vl_video import place_video, smart_resize, video_settings
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
     from lensmith.model.attention import AttentionPlan
 
-MAX_ASPECT = 200  # the vendor's processor refuses more
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 TOOLS_HEAD = (
@@ -59,12 +59,16 @@ class QwenVL:
     name: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
     pixels: PixelSettings
     default_system: str | None
+    video: VideoSettings = field(default_factory=VideoSettings)
 
     image_token: ClassVar[str] = "<|image_pad|>"
+    video_token: ClassVar[str | None] = "<|video_pad|>"
+    start_of_document: ClassVar[str] = ""
     end_of_document: ClassVar[str] = "<|endoftext|>"
     turn_end: ClassVar[str] = "<|im_end|>"
     control_tokens: ClassVar[tuple[str, ...]] = (
         "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+        "<|video_pad|>",
     )  # fmt: skip
     packing: ClassVar[Literal["segments"]] = "segments"
 
@@ -89,9 +93,10 @@ class QwenVL:
             pieces.append(Template("<|im_start|>assistant\n"))
         return pieces
 
-    def render_document(self, document: Document) -> list[Piece]:
-        """Text and images as they stand, then the end-of-document token (trained)."""
-        return [*self._parts(document.parts, trained=True), Template(self.end_of_document, trained=True)]
+    def render_media(self, part: Image | Video) -> list[Piece]:
+        if isinstance(part, Video):
+            return [Film(part)]
+        return [Template("<|vision_start|>"), Picture(part), Template("<|vision_end|>")]
 
     def _turn(self, message: Message) -> list[Piece]:
         trained = message.trained
@@ -108,13 +113,13 @@ class QwenVL:
             ]
         return [*pieces, Template("<|im_end|>", trained), Template("\n")]
 
-    def _parts(self, parts: Sequence[Text | Image], trained: bool) -> list[Piece]:
+    def _parts(self, parts: Sequence[Part], trained: bool) -> list[Piece]:
         pieces: list[Piece] = []
         for part in parts:
             if isinstance(part, Text):
                 pieces.append(Run(part.text, trained if part.train is None else part.train))
             else:
-                pieces += [Template("<|vision_start|>"), Picture(part), Template("<|vision_end|>")]
+                pieces += self.render_media(part)
         return pieces
 
     def _system_with_tools(self, system: Message | None, tools: tuple[str, ...]) -> list[Piece]:
@@ -147,47 +152,50 @@ class QwenVL:
         ratio is kept as near as that allows (the vendor's `smart_resize`). Raises `Drop` IMG_ASPECT above 200 : 1.
         """
         p = self.pixels
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise Drop("IMG_ASPECT", f"{width}x{height} is longer than {MAX_ASPECT}:1")
-        unit = p.patch * p.merge
-        high, wide = round(height / unit) * unit, round(width / unit) * unit
-        if high * wide > p.max_pixels:
-            shrink = math.sqrt(height * width / p.max_pixels)
-            high = max(unit, math.floor(height / shrink / unit) * unit)
-            wide = max(unit, math.floor(width / shrink / unit) * unit)
-        elif high * wide < p.min_pixels:
-            grow = math.sqrt(p.min_pixels / (height * width))
-            high, wide = math.ceil(height * grow / unit) * unit, math.ceil(width * grow / unit) * unit
+        wide, high = smart_resize(width, height, p.patch * p.merge, p.min_pixels, p.max_pixels)
         grid = (1, high // p.patch, wide // p.patch)
         return ImageBlock(image, wide, high, grid, grid[1] * grid[2] // p.merge**2)
 
-    def patches(self, picture: PIL.Image.Image, block: ImageBlock) -> np.ndarray:
-        """uint8 [P, 3 * patch * patch] in the tower's order: merge blocks of patches, then channel, row, column."""
+    def place_video(self, video: Video, info: VideoInfo) -> list[Piece]:
+        """What stands where a video is shown. Raises `Drop` IMG_ASPECT."""
+        return place_video(self.name, self.pixels, self.video, video, info)
+
+    def resized(self, picture: PIL.Image.Image, block: ImageBlock) -> PIL.Image.Image:
         from PIL import Image as pillow
 
-        p = self.pixels
-        if picture.size != (block.width, block.height):
-            picture = picture.resize((block.width, block.height), pillow.Resampling.BICUBIC)
-        _, rows, columns = block.grid_thw
-        a = np.asarray(picture).reshape(rows // p.merge, p.merge, p.patch, columns // p.merge, p.merge, p.patch, 3)
-        return np.ascontiguousarray(a.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(rows * columns, -1)
+        size = block.width, block.height
+        return picture if picture.size == size else picture.resize(size, pillow.Resampling.BICUBIC)
 
-    def positions(self, kind_L: np.ndarray, grids: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    def patches(self, picture: PIL.Image.Image, block: ImageBlock) -> np.ndarray:
+        """uint8 [P, 3 * patch * patch] in the tower's order: merge blocks of patches, then channel, row, column."""
+        return self._patches([picture], block, 1)
+
+    def video_patches(self, frames: Sequence[PIL.Image.Image], block: ImageBlock) -> np.ndarray:
+        """uint8 [P, 3 * temporal * patch * patch] of the frames of a block: as for a picture, time after channel."""
+        return self._patches(frames, block, self.pixels.temporal)
+
+    def _patches(self, pictures: Sequence[PIL.Image.Image], block: ImageBlock, times: int) -> np.ndarray:
+        p = self.pixels
+        t, rows, columns = block.grid_thw
+        a = np.stack([np.asarray(self.resized(picture, block)) for picture in pictures])
+        a = a.reshape(t, times, rows // p.merge, p.merge, p.patch, columns // p.merge, p.merge, p.patch, 3)
+        return np.ascontiguousarray(a.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)).reshape(block.num_patches, -1)
+
+    def positions(self, kind_L: np.ndarray, blocks: Sequence[ImageBlock]) -> np.ndarray:
         """M-RoPE positions int32 [3, L] of one sample (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
-        Text counts up in all three rows; an image keeps its time fixed and counts rows and columns from where it
-        begins; the next text goes on at begin + max(rows, columns).
+        Text counts up in all three rows; an image counts rows and columns from where it begins, a video its time too
+        (Qwen2.5-VL: by the clock); the next text goes on at begin + max(rows, columns).
         """
         out = np.empty((3, len(kind_L)), np.int32)
         at, here = 0, 0
-        remaining = list(grids)
+        remaining = list(blocks)
         while at < len(kind_L):
             if kind_L[at] == IMAGE:
-                t, h, w = remaining.pop(0)
-                h, w = h // self.pixels.merge, w // self.pixels.merge
-                end = at + t * h * w
-                out[:, at:end] = np.indices((t, h, w)).reshape(3, -1) + here
-                here += max(h, w)
+                block = remaining.pop(0)
+                end = at + block.num_tokens
+                out[:, at:end] = self._places(block) + here
+                here += max(block.grid_thw[1:]) // self.pixels.merge
             else:
                 stop = np.flatnonzero(kind_L[at:] == IMAGE)
                 end = at + int(stop[0]) if len(stop) else len(kind_L)
@@ -195,6 +203,15 @@ class QwenVL:
                 here += end - at
             at = end
         return out
+
+    def _places(self, block: ImageBlock) -> np.ndarray:
+        """Time, row and column [3, N] of each token of a block, in float32 as the vendor scales time."""
+        t, h, w = block.grid_thw
+        places = np.indices((t, h // self.pixels.merge, w // self.pixels.merge), np.int32).reshape(3, -1)
+        if block.frames and self.video.tokens_per_second:
+            interval = np.float32(self.video.tokens_per_second) * np.float32(block.seconds_per_grid)
+            places[0] = (places[0].astype(np.float32) * interval).astype(np.int32)
+        return places
 
     # -- model --------------------------------------------------------------------------------------------------
 
@@ -240,11 +257,11 @@ class QwenVL:
         return visual(values, grid_thw=grid_thw, cu_seqlens=whole, attention_plans=plans, **extra)
 
     def normalise(self, pixels_PD: torch.Tensor) -> torch.Tensor:
-        """float32 [P, 3 * temporal * patch * patch]: rescaled, normalised, the still picture repeated in time."""
+        """float32 [P, 3 * temporal * patch * patch]: rescaled, normalised, a still picture repeated in time."""
         import torch
 
         p = self.pixels
-        x = pixels_PD.unflatten(1, (3, 1, p.patch * p.patch)).to(torch.float32) * (1 / 255)
+        x = pixels_PD.unflatten(1, (3, -1, p.patch * p.patch)).to(torch.float32) * (1 / 255)
         mean = torch.tensor(p.mean, device=x.device).view(1, 3, 1, 1)
         std = torch.tensor(p.std, device=x.device).view(1, 3, 1, 1)
         return ((x - mean) / std).expand(-1, -1, p.temporal, -1).flatten(1)
@@ -350,8 +367,15 @@ def _segments_of(
     return full, AttentionPlan.from_lengths(cu.diff().tolist(), causal=False), index
 
 
-def from_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any], default_system: str | None) -> QwenVL:
-    """Build from the model's own `config.json` and `preprocessor_config.json`."""
+def from_config(
+    config: Mapping[str, Any],
+    preprocessor: Mapping[str, Any],
+    default_system: str | None,
+    video: Mapping[str, Any] | None = None,
+    limits: VideoLimits | None = None,
+) -> QwenVL:
+    """Build from the model's own `config.json`, `preprocessor_config.json` and settings for videos, which are in
+    `video_preprocessor_config.json` or, where there are none, those for pictures."""
     name = config["model_type"]
     vision = config["vision_config"]
     size = preprocessor.get("size") or {}
@@ -368,7 +392,10 @@ def from_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any], defa
         mean=(mean_r, mean_g, mean_b),
         std=(std_r, std_g, std_b),
     )
-    return QwenVL(name, pixels, default_system)
+    per_second = vision.get("tokens_per_second", 4) if name == "qwen2_5_vl" else 0
+    own, unit = preprocessor if video is None else video, pixels.patch * pixels.merge
+    shown = video_settings(name, own, unit, pixels.temporal, limits or VideoLimits())
+    return QwenVL(name, pixels, default_system, replace(shown, tokens_per_second=per_second))
 
 
 DEFAULT_SYSTEM: dict[str, str | None] = {

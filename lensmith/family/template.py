@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lensmith.core.errors import ModelError
-from lensmith.core.sample import Conversation, Image, Message, Text
+from lensmith.core.sample import Conversation, Message, Part, Text, Video
 
 MAX_TEMPLATE = 1 << 18
 
@@ -53,13 +53,17 @@ def _plain(message: Message) -> dict[str, Any]:
     if all(isinstance(p, Text) for p in message.parts):
         content: Any = "".join(p.text for p in message.parts if isinstance(p, Text))
     else:
-        content = [
-            {"type": "image"} if isinstance(p, Image) else {"type": "text", "text": p.text} for p in message.parts
-        ]
+        content = [_block(p) for p in message.parts]
     out: dict[str, Any] = {"role": message.role, "content": content}
     if message.tool_calls:
         out["tool_calls"] = [{"function": {"name": c.name, "arguments": c.arguments}} for c in message.tool_calls]
     return out
+
+
+def _block(part: Part) -> dict[str, str]:
+    if isinstance(part, Text):
+        return {"type": "text", "text": part.text}
+    return {"type": "video" if isinstance(part, Video) else "image"}
 
 
 def default_system(template: str) -> str | None:

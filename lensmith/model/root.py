@@ -37,7 +37,9 @@ class VisionLanguage(Protocol):
 
 
 class TokenObjective(Protocol):
-    def terms(self, logits_SV: torch.Tensor, target_S: torch.Tensor, weight_S: torch.Tensor) -> Terms: ...
+    def terms(
+        self, logits_SV: torch.Tensor, target_S: torch.Tensor, weight_S: torch.Tensor, by_source: Any = None
+    ) -> Terms: ...
 
 
 VisionMode = Literal["trained", "projector", "frozen"]
@@ -113,7 +115,9 @@ class Root(nn.Module):
             at = torch.from_numpy(row.supervised_S).to(device, torch.long)
             hidden_SH = out.last_hidden_state[0].index_select(0, at)
             target = torch.from_numpy(row.target_S).to(device, torch.long)
-            return self._head(hidden_SH, target, torch.from_numpy(row.weight_S).to(device))
+            source = torch.from_numpy(row.source_S).to(device, torch.long)
+            num_sources = int(row.source_S.max(initial=-1)) + 1
+            return self._head(hidden_SH, target, torch.from_numpy(row.weight_S).to(device), source, num_sources)
 
     @torch.no_grad()
     def warm(self, row: PackedRow) -> None:
@@ -160,18 +164,18 @@ class Root(nn.Module):
         run = self.family.encode_images if self.vision_mode == "frozen" else self.family.tower_only
         return run(self.model, pixels_PD, grids)
 
-    def _head(self, hidden_SH: torch.Tensor, target_S: torch.Tensor, weight_S: torch.Tensor) -> Terms:
+    def _head(self, hidden_SH: Any, target_S: Any, weight_S: Any, source_S: Any, num_sources: int) -> Terms:
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
 
-        def terms(hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> Terms:
-            return self.objective.terms(head(hidden), target, weight)
+        def terms(hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, source: torch.Tensor) -> Terms:
+            return self.objective.terms(head(hidden), target, weight, (source, num_sources))
 
         rows = max(1, self.chunk_values // head.weight.shape[0])
         if hidden_SH.shape[0] <= rows:
-            return terms(hidden_SH, target_S, weight_S)
+            return terms(hidden_SH, target_S, weight_S, source_S)
         total: Terms = {}
-        for h, t, w in zip(hidden_SH.split(rows), target_S.split(rows), weight_S.split(rows), strict=True):
-            part: Terms = checkpoint(terms, h, t, w, use_reentrant=False)  # type: ignore[assignment]
+        for chunk in zip(*(x.split(rows) for x in (hidden_SH, target_S, weight_S, source_S)), strict=True):
+            part: Terms = checkpoint(terms, *chunk, use_reentrant=False)  # type: ignore[assignment]
             total = {k: (total[k][0] + s, total[k][1] + c) if k in total else (s, c) for k, (s, c) in part.items()}
         return total
 

@@ -78,8 +78,11 @@ def keep_freed_memory() -> None:
         mallopt(option, value)
 
 
-def build(prepared: Prepared) -> Built:
-    """Load the model, set what trains and in which type, and wrap it. Deterministic in `train.seed`."""
+def build(prepared: Prepared, carried: Callable[[MasterAdamW], None] | None = None) -> Built:
+    """Load the model, set what trains and in which type, and wrap it. Deterministic in `train.seed`.
+
+    `carried` puts float32 parameters of the stage before into the optimizer, before anything is rounded.
+    """
     run = prepared.located.run
     device = device_of(run)
     plan = precision.plan(run.precision, device, base_dtype(prepared.model_folder))
@@ -104,6 +107,8 @@ def build(prepared: Prepared) -> Built:
     optimizer = MasterAdamW(named, parts, run.optimizer, masters=masters)
     if masters:
         tune.cast(model, plan.trainable, plan.frozen)
+    if carried is not None:
+        carried(optimizer)
     _prepare_blocks(model, prepared)
     autocast = Autocast(device.type, plan.compute)
     root = Root(model, prepared.family, NextTokenLoss(), autocast=autocast, cache=_cache(prepared, model))
@@ -139,6 +144,8 @@ def _grow(model: Any, prepared: Prepared) -> list[int]:
         return []
     tokenizer = TextTokenizer(prepared.train.spec.tokenizer_json)
     ids = [tokenizer.control(token) for token in tokens]
+    if prepared.has_added_tokens:  # a stage before made their rows
+        return ids
     known = min(ids)
     if tokenizer.num_ids > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(tokenizer.num_ids, mean_resizing=False)

@@ -66,9 +66,8 @@ def _show_notes(prepared: Prepared, terminal: Terminal) -> None:
 
 
 def _by_source(prepared: Prepared) -> list[tuple[str, np.ndarray]]:
-    files = prepared.train.column("file")
-    names = [f.source for f in prepared.train.spec.files]
-    found = [(name, np.isin(files, [i for i, n in enumerate(names) if n == name])) for name in dict.fromkeys(names)]
+    sources = prepared.train.column("source")
+    found = [(name, sources == number) for number, name in enumerate(prepared.train.sources)]
     return [(name, mask) for name, mask in found if mask.any()]
 
 

@@ -10,15 +10,18 @@ import os
 import platform
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lensmith.checkpoint.store import Damaged, Store, read_manifest
 from lensmith.core.errors import RunError
+from lensmith.data.index import LEDGER_SCHEMA, Index
 from lensmith.engine.loop import Progress
 from lensmith.recipe.build import Built
 from lensmith.recipe.prepare import Prepared
@@ -106,25 +109,47 @@ def versions(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def ledger(prepared: Prepared, dropped_at_load: list[tuple[int, str, str]]) -> pa.Table:
+Stages = Sequence[tuple[Prepared, dict[int, tuple[str, str]]]]
+"""Of each stage what was prepared, and the samples dropped at load: number -> (reason, detail)."""
+
+
+def write_ledger(path: Path, stages: Stages) -> None:
     """One row per sample read: `train`, `drop`, or `held_out` for what `data.holdout` took. Samples dropped at load
-    have the verdict `drop` and the reason `LOAD_...`."""
-    table = prepared.read.ledger()
-    split = prepared.held is not None and not prepared.located.run.data.eval
-    held = set(prepared.held.column("origin").tolist()) if prepared.held is not None and split else set[str]()
-    if not dropped_at_load and not held:
-        return table
-    by_origin = {prepared.train.column("origin")[n]: (r, d) for n, r, d in dropped_at_load}
-    columns = {name: table[name].to_pylist() for name in ("origin", "verdict", "reason", "detail")}
-    for i, origin in enumerate(columns["origin"]):
-        if origin in held:
-            columns["verdict"][i] = "held_out"
-        if origin in by_origin:
-            columns["verdict"][i] = "drop"
-            columns["reason"][i], columns["detail"][i] = f"LOAD_{by_origin[origin][0]}", by_origin[origin][1]
-    for name in ("verdict", "reason", "detail"):
-        table = table.set_column(table.schema.get_field_index(name), name, pa.array(columns[name], pa.string()))
-    return table
+    have the verdict `drop` and the reason `LOAD_...`. In a curriculum the source is `STAGE/SOURCE`."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with pq.ParquetWriter(temporary, LEDGER_SCHEMA) as out:
+        for prepared, dropped in stages:
+            for batch in _ledger_of(prepared, dropped):
+                out.write_batch(batch)
+    temporary.replace(path)
+
+
+def _ledger_of(prepared: Prepared, dropped: dict[int, tuple[str, str]]) -> Iterator[pa.RecordBatch]:
+    held = prepared.held.keep if prepared.held is not None and not prepared.located.run.data.eval else None
+    changed = {int(prepared.train.trainable[n]): said for n, said in dropped.items()}
+    begin = 0
+    for batch in prepared.read.ledger():
+        own = range(begin, begin + len(batch))
+        gone = {row - begin: changed[row] for row in changed if row in own}
+        settled = _settled(batch, None if held is None else held[begin : own.stop], gone)
+        if prepared.located.stage_name:
+            names = [f"{prepared.located.stage_name}/{name}" for name in settled["source"].to_pylist()]
+            settled = settled.set_column(0, "source", pa.array(names, pa.string()))
+        yield settled
+        begin = own.stop
+
+
+def _settled(batch: pa.RecordBatch, held: np.ndarray | None, gone: dict[int, tuple[str, str]]) -> pa.RecordBatch:
+    """The ledger's rows with what became of them after the index was made."""
+    if not gone and (held is None or not held.any()):
+        return batch
+    columns = {name: batch[name].to_pylist() for name in ("verdict", "reason", "detail")}
+    for row in np.flatnonzero(held).tolist() if held is not None else ():
+        columns["verdict"][row] = "held_out"
+    for row, (reason, detail) in gone.items():
+        columns["verdict"][row], columns["reason"][row], columns["detail"][row] = "drop", f"LOAD_{reason}", detail
+    arrays = [pa.array(columns[n], pa.string()) if n in columns else batch[n] for n in LEDGER_SCHEMA.names]
+    return pa.RecordBatch.from_arrays(arrays, schema=LEDGER_SCHEMA)
 
 
 def base_name(prepared: Prepared) -> tuple[str, str | None]:
@@ -149,59 +174,65 @@ def losses(metrics: Path) -> list[float | None]:
     return [r["loss"] for r in read_metrics(metrics) if r.get("kind") == "step"]
 
 
-def dropped(metrics: Path, origins: Sequence[str]) -> dict[int, tuple[str, str]]:
-    """Samples dropped at load so far, by number, for a resumed run."""
-    found = {r["origin"]: (r["reason"], r["detail"]) for r in read_metrics(metrics) if r.get("name") == "dropped"}
-    return {n: found[origin] for n, origin in enumerate(origins if found else ()) if origin in found}
+def dropped(metrics: Path, train: Index, stage: str) -> dict[int, tuple[str, str]]:
+    """Samples of a stage dropped at load so far, by number, for a resumed run."""
+    events = [r for r in read_metrics(metrics) if r.get("name") == "dropped" and r.get("stage", "") == stage]
+    found = {r["origin"]: (r["reason"], r["detail"]) for r in events}
+    return {number: found[origin] for origin, number in train.numbers_of(found).items()}
 
 
-def best_step(store: Store, metric: str | None, score: Callable[[dict[str, float], str], float | None]) -> set[int]:
-    """The checkpoint with the best finite held-out metric; {} when none is asked for or known."""
+def best_step(
+    store: Store, metric: str | None, score: Callable[[dict[str, float], str], float | None], stage: int = 0
+) -> set[int]:
+    """The checkpoint of a stage with the best finite held-out metric; {} when none is asked for or known."""
     if metric is None:
         return set()
     found: dict[int, float] = {}
     for step in store.steps():
         try:
-            value = score(read_manifest(store.path(step)).get("metrics", {}), metric)
+            manifest = read_manifest(store.path(step))
         except Damaged:
             continue
-        if value is not None:
+        value = score(manifest.get("metrics", {}), metric)
+        if value is not None and manifest.get("stage", 0) == stage:
             found[step] = value
     return {max(found, key=lambda s: (found[s], s))} if found else set()
 
 
 def summary(
-    prepared: Prepared,
+    stages: Stages,
     built: Built,
     p: Progress,
     loss_list: list[float | None],
     metrics: Path,
     heldout: dict[str, Any],
-    dropped: dict[int, tuple[str, str]],
     checkpoint: str,
     clock: Clock,
 ) -> dict[str, Any]:
-    """The stable machine-readable outcome of a run; every key is described in docs/run_folder.md."""
-    counts = prepared.read.counts()
-    at_load = Counter(f"LOAD_{reason}" for reason, _ in dropped.values())
-    held = counts["train"] - len(prepared.train.trainable)
+    """The stable machine-readable outcome of a run; every key is described in docs/run_folder.md. `built` and `p` are
+    those of the last stage."""
     steps = [r for r in read_metrics(metrics) if r.get("kind") == "step"]
-    by_reason = {**counts["by_reason"], **at_load}
-    samples = {
-        "read": counts["read"],
-        "train": counts["train"] - len(dropped) - held,
-        "dropped": counts["dropped"] + len(dropped),
-        "held_out": held,
-        "by_reason": by_reason,
-    }
+    each = [_samples(prepared, dropped) for prepared, dropped in stages]
+    samples: dict[str, Any] = {key: sum(s[key] for s in each) for key in ("read", "train", "dropped", "held_out")}
+    samples["by_reason"] = dict(sum((Counter(s["by_reason"]) for s in each), Counter[str]()))
     assert samples["read"] == samples["train"] + samples["dropped"] + samples["held_out"]
+    names = [prepared.located.stage_name for prepared, _ in stages]
+    several = [
+        {"name": name, "steps": sum(r.get("stage") == name for r in steps), "samples": s}
+        for name, s in zip(names, each, strict=True)
+        if name
+    ]
+    prepared = stages[0][0]
     return {
         "schema": 1,
         "name": prepared.located.name,
         "outcome": "finished",
         "samples": samples,
-        "steps": p.step,
-        "applied_steps": p.applied,
+        "stages": several,
+        "sources": by_source(stages, steps),
+        "balance": balance(steps),
+        "steps": len(steps),
+        "applied_steps": sum(bool(r["applied"]) for r in steps),
         "epochs": p.epoch,
         "losses": loss_list,
         "tokens": {
@@ -218,4 +249,58 @@ def summary(
         "peak_rss_bytes": peak_rss_bytes(),
         "checkpoint": checkpoint,
         "heldout": heldout,
+    }
+
+
+def _samples(prepared: Prepared, dropped: dict[int, tuple[str, str]]) -> dict[str, Any]:
+    counts = prepared.read.counts()
+    held = counts["train"] - len(prepared.train.trainable)
+    at_load = Counter(f"LOAD_{reason}" for reason, _ in dropped.values())
+    return {
+        "read": counts["read"],
+        "train": counts["train"] - len(dropped) - held,
+        "dropped": counts["dropped"] + len(dropped),
+        "held_out": held,
+        "by_reason": {**counts["by_reason"], **at_load},
+    }
+
+
+def by_source(stages: Stages, steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was trained of each source: samples, tokens, passes over it, mean loss of the first and last tenth."""
+    found: list[dict[str, Any]] = []
+    for prepared, _ in stages:
+        stage = prepared.located.stage_name
+        own = [r["sources"] for r in steps if r.get("stage", "") == stage and r.get("applied")]
+        for name, size in zip(prepared.train.sources, prepared.train.source_sizes, strict=True):
+            mine = [s[name] for s in own if name in s]
+            tenth = max(1, len(mine) // 10)
+            samples = sum(s["samples"] for s in mine)
+            found.append({
+                **({"stage": stage} if stage else {}), "source": name, "samples": samples,
+                "tokens": sum(s["tokens"] for s in mine), "supervised": sum(s["supervised"] for s in mine),
+                "passes": round(samples / size, 4) if size else 0.0,
+                "loss_first": _mean_loss(mine[:tenth]), "loss_last": _mean_loss(mine[-tenth:]),
+            })  # fmt: skip
+    return found
+
+
+def _mean_loss(parts: Sequence[dict[str, Any]]) -> float | None:
+    known = [(s["loss"], s["supervised"]) for s in parts if s["loss"] is not None]
+    total = sum(count for _, count in known)
+    return sum(loss * count for loss, count in known) / total if total else None
+
+
+def balance(steps: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How even the work was, predicted and measured. Ranks and rows: dearest over mean, on average; steps: standard
+    deviation over mean. The first steps, slower for their first time, are left out of what is measured."""
+    if not steps:
+        return {}
+    warm = steps[min(3, len(steps) - 1) :]
+    costs, seconds = np.array([r["cost"] for r in steps]), np.array([r["step_seconds"] for r in warm])
+    return {
+        "ranks_predicted": float(np.mean([r["cost_spread"]["ranks"] for r in steps])),
+        "rows_predicted": float(np.mean([r["cost_spread"]["rows"] for r in steps])),
+        "rows_measured": float(np.mean([r["row_seconds_spread"] for r in warm])),
+        "steps_predicted": float(costs.std() / costs.mean()) if costs.any() else 0.0,
+        "steps_measured": float(seconds.std() / seconds.mean()),
     }

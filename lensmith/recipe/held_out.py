@@ -40,7 +40,7 @@ class HeldOut:
         training = root.training
         root.eval()
         if self.rule.loss:
-            scores["loss"] = self._loss(when)
+            scores |= self._loss(when)
         if self.answers is not None:
             samples = self.answers.samples(self.answers.rule.during if when == "during" else None)
             answered = self._run(samples, f"Answering {len(samples)} held-out samples, {when}")
@@ -68,7 +68,7 @@ class HeldOut:
                 self.dropped[origin] = reason
                 self.terminal.warning(f"held-out sample {origin} is left out: {reason}")
 
-    def _loss(self, when: When) -> float:
+    def _loss(self, when: When) -> dict[str, float]:
         n = len(self.held.trainable)
         most = self.answers.rule.during if self.answers is not None and when == "during" else None
         plan = Plan(n, seed=0, samples=min(n, 64), partial="carry", epochs=min(1.0, (most or n) / n))

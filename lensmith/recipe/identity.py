@@ -32,14 +32,17 @@ SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096
 def identity(prepared: Prepared) -> dict[str, Any]:
     """Fields that must not change between a checkpoint and its resume."""
     run = prepared.located.run
-    digests = np.ascontiguousarray(prepared.train.column("digest"))
+    digests = prepared.train.column("digest")
     config = prepared.model_folder / "config.json"
     resolved = precision.plan(run.precision, device_of(run), base_dtype(prepared.model_folder))
     return {
-        "data": _hash(digests.tobytes()),
-        "trained tokens": _hash(np.ascontiguousarray(prepared.train.column("supervised")).tobytes()),
+        "data": _hash(digests),
+        "trained tokens": _hash(prepared.train.column("supervised")),
         "num_samples": len(digests),
         "source weights": [f.weight for f in prepared.train.spec.files],
+        "data.mixture": run.data.mixture.model_dump(mode="json"),
+        "mixture weights": list(prepared.mixture.weights) if prepared.mixture else None,
+        "data.documents": run.data.documents.model_dump(mode="json"),
         "train.seed": run.train.seed,
         "train.clip_norm": run.train.clip_norm,
         "batch.samples": run.samples_per_step,
@@ -59,8 +62,9 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=12).hexdigest()
+def _hash(data: bytes | np.ndarray) -> str:
+    raw = np.ascontiguousarray(data).data if isinstance(data, np.ndarray) else data
+    return hashlib.blake2b(raw, digest_size=12).hexdigest()
 
 
 def sampled_weights(folder: Path) -> str:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lensmith.core.errors import ConfigError, DataError
-from lensmith.data.index import Index, build_index, hold_out, seen_in_training
+from lensmith.data.encode import DocumentRules
+from lensmith.data.holdout import hold_out, seen_in_training
+from lensmith.data.index import Index
+from lensmith.data.index_build import build_index
 from lensmith.data.load import LoaderSpec, SourceFile
-from lensmith.data.options import Data, Source, data_root
+from lensmith.data.mixture import Mixture, caps_of, shares_of
+from lensmith.data.options import Concat, Data, Source, data_root
 from lensmith.data.placement import Limits
 from lensmith.data.plan import Plan
-from lensmith.data.readers import expand
+from lensmith.data.readers import expand, expand_remote, fetch, is_hub, is_remote, mask, pin_revision
 from lensmith.data.tokenizer import TextTokenizer, with_tokens
 from lensmith.family.registry import load_family
 from lensmith.model.source import resolve
@@ -32,6 +39,8 @@ class Prepared:
     train: Index
     held: Index | None
     notes: tuple[str, ...]
+    has_added_tokens: bool = False
+    """The model comes from a stage before, which gave `model.add_tokens` their rows."""
 
     @property
     def plan(self) -> Plan:
@@ -45,7 +54,24 @@ class Prepared:
             epochs=run.train.epochs,
             max_steps=run.train.max_steps,
             num_tokens=self.train.column("tokens") if run.batch.tokens else None,
+            sizes=self.train.source_sizes,
+            mixture=self.mixture,
         )
+
+    @cached_property
+    def mixture(self) -> Mixture | None:
+        """Which source each draw comes from; None where all sources are one."""
+        run, train = self.located.run, self.train
+        if isinstance(run.data.mixture, Concat):
+            return None
+        tokens = np.bincount(train.column("source"), train.column("tokens"), minlength=len(train.sources))
+        shares = shares_of(
+            run.data.mixture, train.source_sizes, [int(t) for t in tokens], [s.share for s in run.data.train]
+        )
+        if not any(shares):
+            problem = "no source of the mixture has both a share and samples"
+            raise ConfigError("CONFIG", problem, remedy="set data.train[].share above 0")
+        return Mixture(shares, caps_of(run.data.mixture, train.source_sizes, [s.epochs for s in run.data.train]))
 
     @property
     def limits(self) -> Limits:
@@ -105,7 +131,7 @@ def _index(
 ) -> Index:
     data = located.run.data
     spec = LoaderSpec(
-        files=source_files(sources, located.folder),
+        files=source_files(sources, located.folder, cache, terminal),
         family=family,
         tokenizer_json=tokenizer_json,
         roots=tuple(_roots(data, located.folder)),
@@ -114,6 +140,7 @@ def _index(
         too_long=data.too_long,
         max_row_bytes=data.max_row_bytes,
         text_tokens=located.run.model.add_tokens,
+        documents=DocumentRules(data.documents.too_long, data.documents.overlap),
     )
     with terminal.progress(f"Indexing {what}", None) as bar:
 
@@ -133,21 +160,65 @@ def _index(
     return index
 
 
-def source_files(sources: tuple[Source, ...], folder: Path) -> tuple[SourceFile, ...]:
+def source_files(
+    sources: tuple[Source, ...], folder: Path, cache: Path, terminal: Terminal
+) -> tuple[SourceFile, ...]:
+    """The data files of each source. Remote ones are copied into the cache, once."""
     found: list[SourceFile] = []
     names: set[str] = set()
     for source in sources:
-        paths = expand(source.path, folder)
-        name = source.name or (paths[0].stem if len(paths) == 1 else Path(source.path).name)
+        files = _files_of(source, folder, cache, terminal)
+        name = source.name or (_stem(files[0].shown) if len(files) == 1 else Path(source.path).name)
         name = name if name not in names else f"{name}-{len(names)}"
         names.add(name)
-        for path in paths:
-            base = data_root(path, source.media_dir, folder)
-            shown = str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+        for file in files:
             found.append(
-                SourceFile(name, str(path), source.format, str(base), source.weight, source.max_samples, shown)
-            )
+                SourceFile(
+                    name, file.path, source.format, str(file.base), source.weight, source.max_samples, file.shown,
+                    source.split, source.subset, file.revision,
+                )
+            )  # fmt: skip
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class _File:
+    path: str
+    shown: str
+    base: Path
+    revision: str | None = None
+
+
+def _files_of(source: Source, folder: Path, cache: Path, terminal: Terminal) -> list[_File]:
+    elsewhere = (folder / source.media_dir).resolve() if source.media_dir else folder.resolve()
+    if is_hub(source.path):
+        return [_File(source.path, source.path, elsewhere, pin_revision(source.path, source.revision))]
+    if is_remote(source.path):
+        return [
+            _File(str(_fetched(url, cache, terminal)), mask(url), elsewhere) for url in expand_remote(source.path)
+        ]
+    return [
+        _File(
+            str(path),
+            str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path),
+            data_root(path, source.media_dir, folder),
+        )
+        for path in expand(source.path, folder)
+    ]
+
+
+def _stem(shown: str) -> str:
+    return shown.rsplit("/", 1)[-1].rsplit(".", 1)[0] or shown
+
+
+def _fetched(url: str, cache: Path, terminal: Terminal) -> Path:
+    with terminal.progress(f"Copying {mask(url)}", None) as bar:
+
+        def progress(done: int, total: int | None) -> None:
+            bar.total = None if total is None else total >> 20
+            bar.advance((done >> 20) - bar.done)
+
+        return fetch(url, cache, progress)
 
 
 def _roots(data: Data, folder: Path) -> list[str]:

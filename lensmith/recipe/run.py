@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from lensmith.config.build import apply_overrides, build
+from lensmith.config.build import apply_overrides, build, merged, without
 from lensmith.config.part import Part
 from lensmith.config.yaml_file import Tree, dump, read_tree
 from lensmith.core.errors import ConfigError
@@ -28,6 +29,43 @@ class Log(Part):
     every_steps: int = Field(default=0, ge=0)
     """Print a line (in JSON mode an event) for every so many steps; 0: the progress bar alone. Every step is written
     to metrics.jsonl."""
+
+
+Changes = dict[str, Any] | str
+"""What a stage changes of a part of the run file: its keys, or the name of another choice."""
+
+
+class Stage(Part):
+    """One stage of a curriculum: what differs from the rest of the run file. `data: {max_pixels: 50176}` changes that
+    one option; a list, and a choice of another kind, is replaced as a whole."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name in log, report and ledger."""
+    optimizer_state: Literal["keep", "fresh"] = "keep"
+    """Moments of parameters that trained in the stage before: carried over by name, or begun anew. The schedule always
+    begins anew."""
+    data: Changes = Field(default_factory=dict[str, Any])
+    """Changes of `data`."""
+    batch: Changes = Field(default_factory=dict[str, Any])
+    """Changes of `batch`."""
+    tune: Changes = Field(default_factory=dict[str, Any])
+    """Changes of `tune`."""
+    precision: Changes = Field(default_factory=dict[str, Any])
+    """Changes of `precision`."""
+    objective: Changes = Field(default_factory=dict[str, Any])
+    """Changes of `objective`."""
+    optimizer: Changes = Field(default_factory=dict[str, Any])
+    """Changes of `optimizer`."""
+    schedule: Changes = Field(default_factory=dict[str, Any])
+    """Changes of `schedule`."""
+    train: Changes = Field(default_factory=dict[str, Any])
+    """Changes of `train`."""
+    save: Changes = Field(default_factory=dict[str, Any])
+    """Changes of `save`."""
+    evaluate: Changes = Field(default_factory=dict[str, Any])
+    """Changes of `evaluate`."""
+    vision_cache: Changes = Field(default_factory=dict[str, Any])
+    """Changes of `vision_cache`."""
 
 
 class Run(Part):
@@ -59,6 +97,8 @@ class Run(Part):
     """Kept outputs of a frozen tower."""
     log: Log = Log()
     """Where figures go."""
+    stages: tuple[Stage, ...] = ()
+    """A curriculum: stages that train one after the other, each from the weights of the one before."""
     output: str | None = None
     """Run folder, relative to the run file. Left out: `runs/NAME` beside the run file."""
 
@@ -77,6 +117,9 @@ class Run(Part):
             raise ConfigError(
                 "CONFIG", "train.epochs is null and train.max_steps is not set", remedy="set train.max_steps"
             )
+        if d.documents.overlap > d.max_tokens // 2:
+            problem = f"data.documents.overlap {d.documents.overlap} is over half of data.max_tokens {d.max_tokens}"
+            raise ConfigError("CONFIG", problem, remedy="lower it: each piece must bring something new")
         held = bool(d.eval) or d.holdout > 0
         if not held and (
             self.evaluate.every_steps or self.evaluate.generate or self.train.early_stop or self.save.keep_best
@@ -114,17 +157,47 @@ class Run(Part):
 
 
 class Located:
-    """A run and where it lives: the folder its relative paths count from, and its output folder."""
+    """A run and where it lives: the folder its relative paths count from, and its output folder.
 
-    def __init__(self, run: Run, file: Path | None, name: str = "run"):
+    `stages` are the runs of a curriculum, each complete; a run without stages is its own only one. Model, log and
+    output are the same in all of them.
+    """
+
+    def __init__(self, run: Run, file: Path | None, name: str = "run", stages: Sequence[tuple[Stage, Run]] = ()):
         self.run = run
+        self.file = file
         self.folder = file.parent.resolve() if file else Path.cwd()
         self.name = file.stem if file else name
         self.output = (self.folder / (run.output or f"runs/{self.name}")).resolve()
+        self.stage: Stage | None = None
+        self.stages: tuple[Located, ...] = tuple(self._of_stage(stage, own) for stage, own in stages) or (self,)
+
+    def _of_stage(self, stage: Stage, run: Run) -> Located:
+        located = Located(run, self.file, self.name)
+        located.output, located.stage = self.output, stage
+        return located
+
+    @property
+    def stage_name(self) -> str:
+        """Empty for a run without stages."""
+        return self.stage.name if self.stage is not None else ""
 
     def resolved_yaml(self) -> str:
         """The run with every default written out and every path absolute, as kept in the run folder."""
-        values = self.run.model_dump(mode="json")
+        values = self._resolved(self.run)
+        if self.stages[0] is not self:
+            shared = {key: values[key] for key in ("model", "log", "output")}
+            stages: list[dict[str, Any]] = []
+            for located in self.stages:
+                assert located.stage is not None
+                about = {"name": located.stage.name, "optimizer_state": located.stage.optimizer_state}
+                own = located._resolved(located.run)
+                stages.append(about | {key: own[key] for key in own if key not in (*shared, "stages")})
+            values = {**shared, "stages": stages}
+        return dump(values)
+
+    def _resolved(self, run: Run) -> dict[str, Any]:
+        values = run.model_dump(mode="json")
         for source in (*values["data"]["train"], *values["data"]["eval"]):
             source["path"] = self._absolute(source["path"])
             source["media_dir"] = source["media_dir"] and self._absolute(source["media_dir"])
@@ -136,9 +209,11 @@ class Located:
         if (self.folder / Path(values["model"]["path"]).expanduser()).is_dir():
             values["model"]["path"] = self._absolute(values["model"]["path"])
         values["output"] = str(self.output)
-        return dump(values)
+        return values
 
     def _absolute(self, path: str) -> str:
+        if "://" in path:
+            return path
         return os.path.normpath(self.folder / Path(path).expanduser())
 
 
@@ -151,4 +226,22 @@ def load_run(file: str | Path, overrides: Sequence[str] = ()) -> Located:
 
 
 def from_tree(tree: Tree, file: Path | None, name: str = "run") -> Located:
-    return Located(build(Run, tree), file, name)
+    """A run from its tree. Of a curriculum every stage is built with its changes, so that each mistake is located."""
+    if not tree.values.get("stages"):
+        return Located(build(Run, tree), file, name)
+    listed = build(Listed, without(tree, [key for key in tree.values if key != "stages"])).stages
+    names = [stage.name for stage in listed]
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise ConfigError("CONFIG", f"two stages have the name {twice[0]!r}", where=tree.where(("stages",)))
+    base = without(tree, ["stages"])
+    runs = [
+        build(Run, merged(base, tree, ("stages", number), skip=("name", "optimizer_state")))
+        for number in range(len(listed))
+    ]
+    return Located(runs[0], file, name, list(zip(listed, runs, strict=True)))
+
+
+class Listed(Part):
+    """The stages alone."""
+
+    stages: tuple[Stage, ...]

@@ -19,14 +19,15 @@ def show(located: Located, number: int, terminal: Terminal) -> None:
     """Print sample `number` (over the rows read) or why it is dropped. Raises ConfigError SAMPLE."""
     quiet = Terminal("quiet")
     prepared = prepare(located, quiet)
-    total = prepared.read.table.num_rows
+    total = prepared.read.num_rows
     if not 0 <= number < total:
         raise ConfigError("SAMPLE", f"there is no sample {number}; the data has rows 0 to {total - 1}")
-    file, ref = prepared.read.ref(number)
+    at = prepared.read.row_ref(number)
+    file = at.file
     loader = prepared.read.spec.build()
-    origin = loader.rows(file).origin(ref)
+    origin = loader.rows(file).origin(at.row)
     try:
-        encoded = loader.encode(file, loader.sample(file, ref))
+        encoded = loader.encode(file, loader.sample(file, at.row), at.cut)
     except Drop as drop:
         terminal.event(
             "dropped",

@@ -154,7 +154,7 @@ def _rows(folder: Path) -> list[Case]:
         ("B53-sharegpt", ShareGPT(), {"conversations": [{"from": "human"}]}, "FAIL(SCHEMA)", "conversations[0].value"),
         ("B53-alpaca", Alpaca(), {"input": "x", "output": "y"}, "FAIL(SCHEMA)", "instruction: is missing"),
         ("B53-alpaca-empty", Alpaca(), {"instruction": "x", "output": ""}, "FAIL(SCHEMA)", "output: empty"),
-        ("B53-video", Messages(), {**GOOD, "videos": ["1.mp4"]}, "FAIL(MEDIA_KIND)", "videos"),
+        ("B53-video", Messages(), {**GOOD, "videos": ["1.mp4"]}, "FAIL(VIDEO_COUNT)", "0 video marks, 1 videos"),
         ("B54-two-users", Messages(), _chat("user", "user", "assistant"), "FAIL(ROLE_ORDER)", "messages[1]"),
         ("B54-two-answers", Messages(), _chat("user", "assistant", "assistant"), "FAIL(ROLE_ORDER)", "messages[2]"),
         ("B54-assistant-first", Messages(), _chat("assistant", "user"), "FAIL(ROLE_ORDER)", "messages[0]"),

@@ -8,7 +8,6 @@ from typing import Any, Literal
 from lensmith.core.sample import Sample
 from lensmith.data.formats.common import (
     ChatOptions,
-    ImageQueue,
     Place,
     Turn,
     chat_sample,
@@ -16,16 +15,15 @@ from lensmith.data.formats.common import (
     checked_text,
     conversation,
     make_turn,
-    marked_parts,
     required,
-    row_images,
     system_turn,
     wrong_type,
 )
+from lensmith.data.formats.parts import MediaQueue, marked_parts
 
 
 class Alpaca(ChatOptions):
-    """Rows of {instruction, input?, output, system?, history?: [[question, answer]], images?}.
+    """Rows of {instruction, input?, output, system?, history?: [[question, answer]], images?, videos?}.
 
     Instruction and input are joined by a line feed. Answers of the history are trained too.
     """
@@ -41,9 +39,9 @@ class Alpaca(ChatOptions):
     """Key of the earlier [question, answer] pairs."""
 
     def parse(self, row: Mapping[str, Any], origin: str) -> Sample:
-        """Raises DataError SCHEMA, NO_TARGET, IMAGE_COUNT, MEDIA_KIND; Drop TEXT_BYTES."""
+        """Raises DataError SCHEMA, NO_TARGET, IMAGE_COUNT, VIDEO_COUNT, MEDIA_KIND; Drop TEXT_BYTES."""
         place = Place(origin)
-        queue = ImageQueue(row_images(row, self.images_column, place), self.images_column)
+        queue = MediaQueue.of(row, self, place)
         turns = system_turn(row, self.system_column, place) + self._history(row, queue, place)
         here = place.key(self.instruction_column)
         turns.append(make_turn("user", marked_parts(self._prompt(row, place), queue), here))
@@ -62,7 +60,7 @@ class Alpaca(ChatOptions):
         texts = [checked_text(row[c], place.key(c)) for c in columns if row.get(c) is not None]
         return "\n".join(text for text in texts if text)
 
-    def _history(self, row: Mapping[str, Any], queue: ImageQueue, place: Place) -> list[Turn]:
+    def _history(self, row: Mapping[str, Any], queue: MediaQueue, place: Place) -> list[Turn]:
         turns: list[Turn] = []
         place = place.key(self.history_column)
         for index, item in enumerate(checked_list(row.get(self.history_column) or (), place)):

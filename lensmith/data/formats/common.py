@@ -1,4 +1,4 @@
-"""What the row formats share: values with their place in the row, image references, marks, tool calls, turn order."""
+"""What the row formats share: values with their place in the row, tool calls, turn order, documents."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 from lensmith.config.part import Part as Options
 from lensmith.core.errors import DataError, Drop
-from lensmith.core.sample import ROLES, Conversation, Image, Message, Part, Role, Sample, Text, ToolCall
+from lensmith.core.sample import ROLES, Conversation, Document, Message, Part, Role, Sample, Text, ToolCall
 from lensmith.data.strict_json import key_list, parse_json, printable
 
-MARK = "<image>"
 MAX_TEXT_BYTES = 1 << 20
 
 
@@ -40,6 +39,9 @@ class RowOptions(Options):
     images_column: str = "images"
     """Key of the row's pictures: a list of paths, `data:` URLs, bytes or {bytes, path}, or one of these. `images` and
     `image` stand for each other in rows that have only one of them."""
+    videos_column: str = "videos"
+    """Key of the row's videos: a list of paths, bytes or {bytes, path}, or one of these; a list of pictures in that
+    list is a video by its frames. `videos` and `video` stand for each other."""
     id_column: str = "id"
     """Key of the row's id (text or a whole number). Rows without it have no id."""
 
@@ -105,105 +107,6 @@ def row_id(row: Mapping[str, Any], column: str, place: Place) -> str | None:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise wrong_type(value, place.key(column), "text or a whole number")
     return str(value)
-
-
-# --- images -----------------------------------------------------------------------------------------------------------
-
-
-def image_ref(value: object, place: Place) -> Image:
-    """A picture as rows name it: a path or URL, encoded bytes, or Hugging Face's {bytes, path}."""
-    if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    if isinstance(value, bytes):
-        return Image(data=value)
-    if not isinstance(value, str):
-        raise wrong_type(value, place, "a path, bytes or {bytes, path}")
-    if not value:
-        raise place.error("SCHEMA", "is empty, must name a picture")
-    return Image(path=value)
-
-
-_SYNONYMS = {"images": "image", "image": "images"}
-
-
-def _images_key(row: Mapping[str, Any], column: str, place: Place) -> str:
-    """A picture is never passed over because the first row, which tells the layout, had none."""
-    other = _SYNONYMS.get(column)
-    if other is None or row.get(other) is None:
-        return column
-    if row.get(column) is None:
-        return other
-    if row[other] not in (row[column], [row[column]]) and [row[other]] != row[column]:
-        raise place.key(other).error("SCHEMA", f"there are other pictures under {column!r}", "keep one of the two keys")
-    return column
-
-
-def row_images(row: Mapping[str, Any], column: str, place: Place) -> list[Image]:
-    """The row's pictures. Raises DataError MEDIA_KIND for rows with videos or sound, SCHEMA."""
-    for other in ("videos", "audios"):
-        if row.get(other):
-            raise place.key(other).error("MEDIA_KIND", "only images can be trained", "take these rows out")
-    column = _images_key(row, column, place)
-    value, place = row.get(column), place.key(column)
-    if value is None:
-        return []
-    if not isinstance(value, (list, tuple)):
-        value = [value]
-    return [image_ref(item, place.item(index)) for index, item in enumerate(value)]
-
-
-class ImageQueue:
-    """Hands a row's pictures out in order, one for each mark that asks, and counts the marks."""
-
-    def __init__(self, images: Sequence[Image], column: str):
-        self._images = images
-        self._column = column
-        self._asked = 0
-
-    def take(self) -> Image:
-        self._asked += 1
-        # a stand-in when there are too few: `settle` then refuses the row with the whole count
-        return self._images[self._asked - 1] if self._asked <= len(self._images) else Image(path="")
-
-    def settle(self, place: Place) -> None:
-        """Raises DataError IMAGE_COUNT unless there was a mark for every picture and a picture for every mark."""
-        if self._asked != len(self._images):
-            raise place.error("IMAGE_COUNT", f"{self._asked} image marks, {len(self._images)} pictures in "
-                              f"{self._column!r}", f"write one {MARK} for each picture; if the pictures are under "
-                              "another key, set images_column")  # fmt: skip
-
-
-def marked_parts(text: str, queue: ImageQueue) -> list[Part]:
-    """Text with `<image>` marks as text and pictures."""
-    first, *others = text.split(MARK)
-    parts: list[Part] = [Text(first)] if first else []
-    for piece in others:
-        parts.append(queue.take())
-        if piece:
-            parts.append(Text(piece))
-    return parts
-
-
-def block_parts(blocks: object, queue: ImageQueue, place: Place, *, limit: int | None = MAX_TEXT_BYTES) -> list[Part]:
-    """A list of {type: text | image | image_url} blocks. A mark inside a text block is plain text."""
-    parts: list[Part] = []
-    for index, item in enumerate(checked_list(blocks, place)):
-        here = place.item(index)
-        block = checked_object(item, here)
-        kind = required(block, "type", here)
-        if kind == "text":
-            if text := checked_text(required(block, "text", here), here.key("text"), limit=limit):
-                parts.append(Text(text, checked_flag(block, "train", here)))
-        elif kind == "image":
-            image = block.get("image")
-            parts.append(queue.take() if image is None else image_ref(image, here.key("image")))
-        elif kind == "image_url":
-            link = checked_object(required(block, "image_url", here), here.key("image_url"))
-            url = required(link, "url", here.key("image_url"))
-            parts.append(image_ref(checked_text(url, here.key("image_url.url"), limit=None), here.key("image_url.url")))
-        else:
-            raise here.key("type").error("SCHEMA", f"{kind!r} is not one of text, image, image_url")
-    return parts
 
 
 def checked_flag(row: Mapping[str, Any], key: str, place: Place) -> bool | None:
@@ -277,7 +180,7 @@ _MAY_FOLLOW: dict[Role, tuple[Role | None, ...]] = {
 def make_turn(role: Role, parts: Sequence[Part], place: Place, *, calls: tuple[ToolCall, ...] = (),
               train: bool | None = None) -> Turn:  # fmt: skip
     """A message with its place. Raises DataError SCHEMA if it holds nothing (a tool may answer with nothing)."""
-    filled = calls or any(isinstance(p, Image) or p.text.strip() for p in parts)
+    filled = calls or any(not isinstance(p, Text) or p.text.strip() for p in parts)
     if not filled and role != "tool":
         raise place.error("SCHEMA", f"empty {role} turn")
     return place, Message(role, tuple(parts), calls, train)
@@ -341,3 +244,28 @@ def chat_sample(
     last = [c.messages[-1] for c in conversations]
     notes = ("unanswered",) if any(m.role in ("user", "tool") and not _has_target(m) for m in last) else ()
     return Sample(place.origin, tuple(conversations), id=row_id(row, options.id_column, place), notes=notes)
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+def document(parts: Sequence[Part], place: Place) -> Document:
+    """Parts as a document. Raises DataError NO_TARGET; Drop EMPTY."""
+    texts = [part for part in parts if isinstance(part, Text) and part.text.strip()]
+    if not texts:
+        raise Drop("EMPTY", "the document has no text")
+    if all(text.train is False for text in texts):
+        raise place.error("NO_TARGET", "no text of this document is trained", "mark what is to be trained")
+    return Document(tuple(parts))
+
+
+def joined(parts: Sequence[Part]) -> list[Part]:
+    """Texts that touch and are trained alike as one text."""
+    result: list[Part] = []
+    for part in parts:
+        last = result[-1] if result else None
+        if isinstance(part, Text) and isinstance(last, Text) and part.train == last.train:
+            result[-1] = Text(last.text + part.text, last.train)
+        else:
+            result.append(part)
+    return result

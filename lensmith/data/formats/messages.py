@@ -8,10 +8,8 @@ from typing import Any, Literal
 from lensmith.core.sample import Conversation, Part, Role, Sample, ToolCall
 from lensmith.data.formats.common import (
     ChatOptions,
-    ImageQueue,
     Place,
     Turn,
-    block_parts,
     chat_sample,
     checked_flag,
     checked_list,
@@ -19,15 +17,14 @@ from lensmith.data.formats.common import (
     checked_text,
     conversation,
     make_turn,
-    marked_parts,
     required,
-    row_images,
     system_turn,
     tool_call,
     tool_texts,
     unknown_role,
     wrong_type,
 )
+from lensmith.data.formats.parts import MediaQueue, block_parts, marked_parts
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -42,10 +39,10 @@ RawTurns = list[tuple[Place, Any]]
 
 
 class Messages(ChatOptions):
-    """Rows of {messages: [{role, content, tool_calls?, train?}], images?, tools?}; content is a string or blocks.
+    """Rows of {messages: [{role, content, tool_calls?, train?}], images?, videos?, tools?}.
 
-    A row may hold `branches` instead of `messages`: lists of messages, each a conversation of its own behind the
-    `shared` messages, each with marks for all of the row's images.
+    Content is a string or a list of blocks. A row may hold `branches` instead of `messages`: lists of messages, each a
+    conversation of its own behind the `shared` messages, each with marks for all of the row's images and videos.
     """
 
     kind: Literal["messages"] = "messages"
@@ -59,14 +56,14 @@ class Messages(ChatOptions):
     """Key of the function signatures: a list, or JSON text of one."""
 
     def parse(self, row: Mapping[str, Any], origin: str) -> Sample:
-        """Raises DataError SCHEMA, ROLE_ORDER, NO_TARGET, IMAGE_COUNT, MEDIA_KIND; Drop TEXT_BYTES."""
+        """Raises DataError SCHEMA, ROLE_ORDER, NO_TARGET, IMAGE_COUNT, VIDEO_COUNT, MEDIA_KIND; Drop TEXT_BYTES."""
         place = Place(origin)
-        images = row_images(row, self.images_column, place)
+        media = MediaQueue.of(row, self, place)
         tools = tool_texts(row.get(self.tools_column), place.key(self.tools_column))
         system = system_turn(row, self.system_column, place)
         conversations: list[Conversation] = []
         for here, raw in self._threads(row, place):
-            queue = ImageQueue(images, self.images_column)
+            queue = media.again()
             turns = [_turn(value, queue, at) for at, value in raw]
             if turns[0][1].role != "system":
                 turns = system + turns
@@ -102,7 +99,7 @@ def _listed(value: object, place: Place) -> RawTurns:
     return items
 
 
-def _turn(value: object, queue: ImageQueue, place: Place) -> Turn:
+def _turn(value: object, queue: MediaQueue, place: Place) -> Turn:
     message = checked_object(value, place)
     name = required(message, "role", place)
     role = _ROLES.get(name) if isinstance(name, str) else None
@@ -113,7 +110,7 @@ def _turn(value: object, queue: ImageQueue, place: Place) -> Turn:
     return make_turn(role, parts, place.key("content"), calls=calls, train=_train(message, place))
 
 
-def _content(message: Mapping[str, Any], queue: ImageQueue, place: Place, *, may_be_null: bool) -> Sequence[Part]:
+def _content(message: Mapping[str, Any], queue: MediaQueue, place: Place, *, may_be_null: bool) -> Sequence[Part]:
     content = message.get("content") if may_be_null else required(message, "content", place)
     place = place.key("content")
     if content is None and may_be_null:

@@ -10,7 +10,6 @@ from pydantic import model_validator
 from lensmith.core.sample import Role, Sample
 from lensmith.data.formats.common import (
     ChatOptions,
-    ImageQueue,
     Place,
     Turn,
     chat_sample,
@@ -19,18 +18,17 @@ from lensmith.data.formats.common import (
     checked_text,
     conversation,
     make_turn,
-    marked_parts,
     required,
-    row_images,
     system_turn,
     tool_calls_from_text,
     tool_texts,
     unknown_role,
 )
+from lensmith.data.formats.parts import MediaQueue, marked_parts
 
 
 class ShareGPT(ChatOptions):
-    """Rows of {conversations: [{from: human | gpt, value}], system?, tools?, images?}."""
+    """Rows of {conversations: [{from: human | gpt, value}], system?, tools?, images?, videos?}."""
 
     kind: Literal["sharegpt"] = "sharegpt"
     messages_column: str = "conversations"
@@ -59,9 +57,10 @@ class ShareGPT(ChatOptions):
         return self
 
     def parse(self, row: Mapping[str, Any], origin: str) -> Sample:
-        """Raises DataError SCHEMA, JSON, ROLE_ORDER, NO_TARGET, IMAGE_COUNT, MEDIA_KIND; Drop TEXT_BYTES."""
+        """Raises DataError SCHEMA, JSON, ROLE_ORDER, NO_TARGET, IMAGE_COUNT, VIDEO_COUNT, MEDIA_KIND; Drop
+        TEXT_BYTES."""
         place = Place(origin)
-        queue = ImageQueue(row_images(row, self.images_column, place), self.images_column)
+        queue = MediaQueue.of(row, self, place)
         tools = tool_texts(row.get(self.tools_column), place.key(self.tools_column))
         here = place.key(self.messages_column)
         items = checked_list(required(row, self.messages_column, place), here)
@@ -84,7 +83,7 @@ class ShareGPT(ChatOptions):
             self.system_tag: "system",
         }
 
-    def _turn(self, value: object, roles: Mapping[str, Role], queue: ImageQueue, place: Place) -> Turn:
+    def _turn(self, value: object, roles: Mapping[str, Role], queue: MediaQueue, place: Place) -> Turn:
         message = checked_object(value, place)
         name = required(message, self.role_tag, place)
         role = roles.get(name) if isinstance(name, str) else None

@@ -1,0 +1,343 @@
+"""One stage of a run: its model, its loop with callbacks, what it saves. A run without stages has one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lensmith.checkpoint.export import write_adapter, write_model
+from lensmith.checkpoint.store import Published, write_atomically
+from lensmith.core.errors import DataError
+from lensmith.data.pipeline import Pipeline, no_picture_known
+from lensmith.engine.loop import Callbacks, Loop, Progress, score
+from lensmith.engine.state import carry_state, read_state, write_state
+from lensmith.engine.step import StepResult
+from lensmith.model.options import Lora
+from lensmith.model.vision_cache import VisionCache
+from lensmith.recipe import folder as run_folder
+from lensmith.recipe.build import build, data_workers
+from lensmith.recipe.held_out import HeldOut
+from lensmith.recipe.identity import check_identity, identity
+from lensmith.recipe.prepare import Prepared, require_steps
+from lensmith.recipe.train import peak_rss_bytes
+from lensmith.report.tables import what_trains
+
+if TYPE_CHECKING:
+    from lensmith.recipe.session import Session
+
+WARM_PATCHES = 8192
+"""Patches encoded at once before training."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a stage begins: the steps before it, the weights it begins from, and what it goes on from.
+
+    `base` None: the run's own model. `resume`: a checkpoint of this stage; `border`: the last one of the stage before.
+    """
+
+    first_step: int = 0
+    base: str | None = None
+    """A model folder inside the run folder."""
+    resume: Published | None = None
+    border: Published | None = None
+
+
+def warm_pays(prepared: Prepared, mode: str, cache: VisionCache) -> bool:
+    """The plan uses every picture, and the features of all of them, held-out ones too, fit in memory.
+
+    Asked once, at the start of a run. Pictures that are encoded together round otherwise than alone. So nothing that
+    was warmed may ever be evicted and encoded anew, and with a disk tier, which may hold a part of them, each is
+    encoded alone at first sight.
+    """
+    plan, index = prepared.plan, prepared.train
+    if cache.folder is not None:
+        return False
+    samples = plan.num_steps() * (plan.samples or 1)
+    config = run_folder.read_json(prepared.model_folder / "config.json")
+    text, vision = {**config, **config.get("text_config", {})}, config["vision_config"]
+    levels = 1 + len(vision.get("deepstack_visual_indexes", ()))
+    width = text["hidden_size"] * levels
+    if mode == "projector":
+        width += prepared.family.pixels.merge**2 * vision.get("embed_dim", vision["hidden_size"])
+    tokens = sum(int(i.column("media_tokens").sum()) for i in (index, prepared.held) if i is not None)
+    return samples >= len(index.trainable) and tokens * width * 4 <= cache.memory_bytes
+
+
+class StageRun:
+    """Built by `begin`; then `train` runs it to its end."""
+
+    def __init__(self, session: Session, number: int, prepared: Prepared, start: Start):
+        self.session, self.number, self.start = session, number, start
+        self.terminal, self.clock, self.output, self.store = (
+            session.terminal, session.clock, session.output, session.store,
+        )  # fmt: skip
+        base = None if start.base is None else self.output / start.base
+        self.prepared = prepared if base is None else replace(prepared, model_folder=base, has_added_tokens=True)
+        self.run_file = prepared.located.run
+        self.name = prepared.located.stage_name
+        self.dropped: dict[int, tuple[str, str]] = {}
+        self.fill: list[float] = []
+        self.held: HeldOut | None = None
+
+    # -- the beginning ------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Load the model and take up the state. Raises `RunError` RESUME when the checkpoint is of another run."""
+        resume = self.start.resume
+        self.identity = identity(self.prepared)
+        if resume is not None:
+            check_identity(resume.manifest.get("identity", {}), self.identity, str(resume.folder))
+        with self.terminal.progress(f"Loading {self.prepared.model_folder.name}", None, counted=False):
+            self.built = build(self.prepared, carried=self._carried)
+        self.progress = read_state(resume.folder / "state", self.built.optimizer) if resume else Progress()
+        self.total = self.prepared.plan.num_steps(self.progress.step, self.progress.cursor)
+        require_steps(self.prepared, self.total)
+        cache, mode = self.built.root.cache, self.built.root.vision_mode
+        self.warmed = cache is not None and warm_pays(self.prepared, mode, cache)
+        if resume is not None:  # what paid at the start decides: a longer run must go on with the same bits
+            self.warmed = self.warmed and bool(resume.manifest.get("warmed", True))
+
+    @property
+    def _carried(self) -> Callable[[Any], None] | None:
+        """What puts the border's float32 parameters (and moments, if kept) into this stage's optimizer."""
+        border, stage = self.start.border, self.prepared.located.stage
+        if border is None or stage is None:
+            return None
+        return lambda optimizer: carry_state(
+            border.folder / "state", optimizer, moments=stage.optimizer_state == "keep"
+        )
+
+    def say_start(self, threads: int) -> None:
+        totals = {"trainable": self.built.trainable_parameters, "parameters": self.built.total_parameters}
+        self.terminal.show("what_trains", what_trains(self.built.trains, totals))
+        steps, resume = self.total, self.start.resume
+        planned = resume.manifest.get("total_steps", steps) if resume else steps
+        if planned != steps:
+            self.terminal.warning(
+                f"the run now has {steps} steps, not {planned}: from here on rates follow the new length's schedule"
+            )
+        which = f"stage {self.number + 1} of {self.session.num_stages} ({self.name}): " if self.name else ""
+        self.terminal.event(
+            "start",
+            f"{which}{steps} steps, {self.built.trainable_parameters:,} of {self.built.total_parameters:,} parameters "
+            f"train ({self.built.precision.preset}, {self.built.root.device}, {threads} threads, "
+            f"{data_workers(self.run_file)} data workers)"
+            + (f", resumed after step {resume.step}" if resume else ""),
+            steps=steps, trainable=self.built.trainable_parameters, resumed=resume.step if resume else 0,
+            **self._stage,
+        )  # fmt: skip
+
+    @property
+    def _stage(self) -> dict[str, str]:
+        return {"stage": self.name} if self.name else {}
+
+    # -- the loop -----------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        run, root, progress = self.run_file, self.built.root, self.progress
+        self.dropped = run_folder.dropped(self.session.metrics.path, self.prepared.train, self.name)
+        self.held = HeldOut(self.prepared, self.built, self.output, self.terminal) if self.prepared.held else None
+        self.clock.lap("startup")
+        cache = root.cache
+        self.pipeline = Pipeline(
+            self.prepared.train, self.prepared.plan, self.prepared.limits, workers=data_workers(run),
+            known=no_picture_known if cache is None else cache.known,
+        )  # fmt: skip
+        dry_run = self.session.dry_run
+        if self.total > progress.step or (self.held is not None and "after" not in self.heldout):
+            self._warm()
+        if self.held is not None and progress.step == 0 and run.evaluate.before and not dry_run:
+            self._record_eval(progress, self.held.measure("before"))
+        self.clock.lap("evaluate")
+        loop = Loop(
+            root=root, optimizer=self.built.optimizer, schedule=run.schedule, part_of=self.built.part_of,
+            train=run.train, saving=run.save, total_steps=self.total, first_step=self.start.first_step,
+            evaluate_every=run.evaluate.every_steps if self.held else None,
+            callbacks=Callbacks(self._log, self._evaluate, self._save, self._refresh, self._event), progress=progress,
+        )  # fmt: skip
+        remaining = self.total - progress.step
+        with self.terminal.progress(f"Training {self.name}".strip(), remaining) as self.bar:
+            steps = self.pipeline.steps(progress.step, progress.cursor)
+            if dry_run:
+                steps = (s for s in [next(steps)])
+            if remaining > 0:  # figures of an earlier end are void: the run was made longer, or fell back
+                self.heldout.pop("after", None)
+            loop.run(steps)
+        self.clock.lap("train")
+        if self.held is not None and not dry_run and "after" not in self.heldout:
+            self._record_eval(progress, self.held.measure("after"))
+        self.clock.lap("evaluate")
+
+    @property
+    def heldout(self) -> dict[str, Any]:
+        return self.session.heldout_of(self.name)
+
+    def _at(self, p: Progress) -> int:
+        """The step over all stages."""
+        return self.start.first_step + p.step
+
+    def _warm(self) -> None:
+        """Encode every picture once ahead, when the tower is frozen, all features fit the cache and all are used."""
+        root, train = self.built.root, self.prepared.train
+        if self.session.dry_run or not self.warmed or root.cache is None:
+            return
+        with self.terminal.progress("Encoding pictures once", len(train.trainable)) as bar:
+            for done, row in self.pipeline.pictures(WARM_PATCHES):
+                root.warm(row)
+                root.cache.learn(row.meta["handles"])
+                bar.advance(done - bar.done)
+
+    def _refresh(self, row: Any) -> Any:
+        """A row all of whose pictures have pixels or features."""
+        root = self.built.root
+        if not root.ready(row):
+            row = self.pipeline.reread(row.members)
+            root.ready(row)
+        cache = root.cache
+        if cache is not None and cache.trouble is not None:
+            self.terminal.warning(cache.trouble)
+            cache.trouble = None
+        return row
+
+    def _log(self, p: Progress, data: Any, result: StepResult, seconds: float) -> None:
+        if not result.applied and not result.empty:
+            origins = self.prepared.train.origins(data.step.members[:8].tolist())
+            self.terminal.warning(
+                f"step {self._at(p)}: loss {result.loss}, gradient norm {result.grad_norm}; not applied. "
+                f"Samples: {', '.join(origins)} ..."
+            )
+        self._note_dropped(p, data)
+        rows = max(1, len(data.rows))
+        self.fill.append(data.num_tokens / (rows * self.prepared.limits.device_tokens))
+        self.session.losses.append(result.loss if math.isfinite(result.loss) else None)
+        record = {
+            "kind": "step", "step": self._at(p), **self._stage, "epoch": round(p.epoch, 6), "loss": result.loss,
+            "lr": result.rates, "grad_norm": result.grad_norm, "grad_norm_parts": result.grad_norm_parts,
+            "applied": result.applied, "tokens": data.num_tokens,
+            "supervised": sum(len(r.supervised_S) for r in data.rows), "samples": data.num_samples,
+            "image_tokens": int(sum((r.kind_T != 0).sum() for r in data.rows)), "padding": 0,
+            "rows": len(data.rows), "fill": round(self.fill[-1], 4), "sources": self._by_source(data, result),
+            "cost": data.cost.total, "cost_spread": {"ranks": data.cost.ranks, "rows": data.cost.rows},
+            "row_seconds_spread": result.row_seconds_spread,
+            "tokens_per_second": data.num_tokens / seconds, "samples_per_second": data.num_samples / seconds,
+            "step_seconds": seconds, "data_wait_seconds": data.wait_seconds, "rss_bytes": peak_rss_bytes(),
+        }  # fmt: skip
+        if torch.cuda.is_available():
+            record["gpu_bytes"] = torch.cuda.max_memory_allocated()
+        self.session.sinks.write(record)
+        self.bar.advance(1, f"loss {result.loss:.4f}")
+        every = self.run_file.log.every_steps
+        if every and p.step % every == 0:
+            shown = {k: record[k] for k in ("step", "epoch", "loss", "grad_norm", "tokens_per_second")}
+            self.terminal.event("step", **shown)
+        self._check_dropped()
+
+    def _by_source(self, data: Any, result: StepResult) -> dict[str, dict[str, Any]]:
+        """Of each source in the step: samples, tokens, supervised tokens and their mean loss (unweighted)."""
+        train = self.prepared.train
+        gone = {number for number, _, _ in data.dropped}
+        members = np.array([m for m in data.step.members.tolist() if m not in gone], np.int64)
+        sources, tokens = train.column("source")[members], train.column("tokens")[members]
+        found: dict[str, dict[str, Any]] = {}
+        for number in np.unique(sources).tolist():
+            loss, count = result.by_source[number] if number < len(result.by_source) else (0.0, 0.0)
+            mine = sources == number
+            found[train.sources[number]] = {
+                "samples": int(mine.sum()), "tokens": int(tokens[mine].sum()), "supervised": int(count),
+                "loss": loss / count if count else None,
+            }  # fmt: skip
+        return found
+
+    def _note_dropped(self, p: Progress, data: Any) -> None:
+        for number, reason, detail in data.dropped:
+            if number not in self.dropped:
+                origin = self.prepared.train.origin(number)
+                self.terminal.warning(f"{origin} is dropped at load: {reason} {detail}")
+                about = {"step": self._at(p), **self._stage, "origin": origin, "reason": reason, "detail": detail}
+                self.session.sinks.write({"kind": "event", "name": "dropped", **about})
+            self.dropped[number] = (reason, detail)
+
+    def _check_dropped(self) -> None:
+        """`data.max_dropped` holds for what is dropped at load too."""
+        counts, data = self.prepared.read.counts() if self.dropped else {}, self.run_file.data
+        if not self.dropped or counts["dropped"] + len(self.dropped) <= data.max_dropped * counts["read"]:
+            return
+        gone = counts["dropped"] + len(self.dropped)
+        self.session.write_ledger()
+        reasons = Counter(f"LOAD_{reason}" for reason, _ in self.dropped.values())
+        said = ", ".join(f"{n} {r}" for r, n in reasons.most_common())
+        text = f"{gone} of {counts['read']} rows are dropped, {said} while training; more than data.max_dropped = "
+        raise DataError("TOO_MANY_DROPPED", f"{text}{data.max_dropped}", where=str(self.output / "ledger.parquet"),
+                        remedy="restore these pictures and run again, or raise data.max_dropped")  # fmt: skip
+
+    def _event(self, name: str, fields: dict[str, Any]) -> None:
+        self.session.sinks.write({"kind": "event", "name": name, **self._stage, **fields})
+        self.terminal.event(name, **fields)
+
+    def _evaluate(self, p: Progress) -> dict[str, float]:
+        assert self.held is not None
+        self.clock.lap("train")
+        found = self.held.measure("after" if p.step >= self.total and self.held.always_all else "during")
+        self._record_eval(p, found)
+        self.clock.lap("evaluate")
+        return found["scores"]
+
+    def _record_eval(self, p: Progress, found: dict[str, Any]) -> None:
+        scores, step = found["scores"], self._at(p)
+        if found["when"] != "during":
+            self.heldout[found["when"]] = scores
+            self.heldout.update(found.get("extra", {}))
+            everything = json.dumps(run_folder.finite(self.session.heldout))
+            write_atomically(self.output / "heldout.json", everything.encode())
+        metrics = {k: v for k, v in scores.items() if k != "loss"}
+        about = {"kind": "eval", "step": step, **self._stage, "loss": scores.get("loss"), "metrics": metrics}
+        self.session.sinks.write(about)
+        text = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
+        self.terminal.event("eval", f"held out, step {step}: {text}", step=step, **scores)
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def _save(self, p: Progress, metrics: dict[str, float] | None) -> None:
+        self.clock.lap("train")
+        finite = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
+        about = {
+            "identity": self.identity,
+            "metrics": finite,
+            "tune": self.run_file.tune.kind,
+            "total_steps": self.total,
+            "warmed": self.warmed,
+            "stage": self.number,
+            "first_step": self.start.first_step,
+            "base": self.start.base,
+            "borders": self.session.borders,
+        }
+        published = self.store.publish(self._at(p), lambda folder: self._write(folder, p), about)
+        keep = run_folder.best_step(self.store, self.run_file.save.keep_best, score, self.number)
+        self.store.purge(self.run_file.save.keep_last, keep | set(self.session.borders))
+        self.clock.lap("save")
+        about = {"kind": "event", "name": "checkpoint", "step": self._at(p), **self._stage}
+        self.session.sinks.write({**about, "path": published.folder.name})
+
+    def _write(self, folder: Path, p: Progress) -> None:
+        write_state(folder / "state", self.built.optimizer, p)
+        base, family = self.prepared.model_folder, self.prepared.family
+        pixels = {"min_pixels": family.pixels.min_pixels, "max_pixels": family.pixels.max_pixels}
+        tune = self.run_file.tune
+        if isinstance(tune, Lora):
+            dtype = getattr(torch, tune.saved)
+            name, revision = run_folder.base_name(self.prepared)
+            write_adapter(folder / "model", self.built.tuned.peft, base, name, dtype, revision=revision, pixels=pixels)
+        else:
+            write_model(folder / "model", self.built.tuned.model, base, self.built.precision.saved,
+                        shard_gb=self.run_file.save.shard_gb, pixels=pixels)  # fmt: skip
+        if self.run_file.model.add_tokens:
+            (folder / "model" / "tokenizer.json").write_text(self.prepared.train.spec.tokenizer_json, encoding="utf-8")
