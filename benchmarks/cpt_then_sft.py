@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,17 +23,22 @@ from typing import Any
 
 import torch
 import yaml
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
 from lensmith.quickstart import base, easy_vqa
 from lensmith.recipe.train import train
 from lensmith.report.terminal import Terminal
 
-CPT_STEPS, SFT_STEPS, SFT_ONLY_STEPS = 2200, 600, 2000
+CPT_STEPS, SFT_STEPS, SFT_ONLY_STEPS = 1800, 800, 2000
 """Steps of arm A's two stages and of arm B. A step of documents is cheaper than a step of questions."""
-CPT_LR, SFT_LR, SFT_ONLY_LR = 1.2e-3, 5e-4, 1.5e-3
+DOCUMENTS_HELD_OUT = 100
+CPT_LR, SFT_LR = 1.2e-3, 1.5e-3
+GENTLE = {"vision": {"lr": 2e-4}, "projector": {"lr": 2e-4}}
+"""SFT after CPT: at the full rate the tower forgets the shapes while the model still learns what a question is."""
 EVALUATE_EVERY = {"cpt": 200, "sft": 100, "sft-only": 200}
 GROUPS = {"open": "(?!yes$|no$).*", "yes/no": "yes|no"}
 COLOURS = {"A": "#3b82f6", "B": "#f97316"}
@@ -48,9 +55,10 @@ class Stage:
     def model(self) -> Path:
         return Path(self.summary["checkpoint"]) / "model"
 
-    def evals(self) -> list[tuple[int, dict[str, float]]]:
-        """(step, metrics) of every evaluation while training; the full one after it stands last."""
-        return [(r["step"], {"loss": r["loss"], **r["metrics"]}) for r in self.records if r["kind"] == "eval"]
+    def evals(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) of every evaluation."""
+        found = [(r["step"], {"loss": r["loss"], **r["metrics"]}[key]) for r in self.records if r["kind"] == "eval"]
+        return [(step, value) for step, value in found if value is not None]
 
 
 # -- data -----------------------------------------------------------------------------------------------------------
@@ -131,7 +139,9 @@ def cpt_file(model: Path, seed: int) -> dict[str, Any]:
     """Documents of several pictures and plain captions, half of the samples each."""
     values = run_file(model, seed, CPT_STEPS, CPT_LR, 0.1)
     values["data"]["train"] = [{"path": f"../{n}.jsonl", "format": "document"} for n in ("documents", "captions")]
-    values["data"]["eval"] = [{"path": "../documents-held-out.jsonl", "format": "document"}]
+    values["data"]["eval"] = [
+        {"path": "../documents-held-out.jsonl", "format": "document", "max_samples": DOCUMENTS_HELD_OUT}
+    ]
     values["batch"] = {"samples": 4}
     values["evaluate"] = {"every_steps": EVALUATE_EVERY["cpt"]}
     return values
@@ -139,8 +149,9 @@ def cpt_file(model: Path, seed: int) -> dict[str, Any]:
 
 def sft_file(model: Path, seed: int, stage: str) -> dict[str, Any]:
     """The quickstart's run, with every parameter trained: 8 pictures a step with their ten or so questions each."""
-    steps, lr = (SFT_STEPS, SFT_LR) if stage == "sft" else (SFT_ONLY_STEPS, SFT_ONLY_LR)
-    values = run_file(model, seed, steps, lr, 0.0)
+    values = run_file(model, seed, SFT_STEPS if stage == "sft" else SFT_ONLY_STEPS, SFT_LR, 0.0)
+    if stage == "sft":
+        values["optimizer"]["parts"] = GENTLE
     values["data"]["train"] = [{"path": "../questions.jsonl"}]
     values["data"]["eval"] = [{"path": "../questions-held-out.jsonl"}]
     values["batch"] = {"samples": 8}
@@ -170,6 +181,25 @@ def run_seed(folder: Path, seed: int, terminal: Terminal) -> dict[str, Stage]:
         "sft": run(here, "sft", sft_file(cpt.model, seed, "sft"), terminal),
         "sft-only": run(here, "sft-only", sft_file(model, seed, "sft-only"), terminal),
     }
+
+
+def bounds(folder: Path) -> tuple[float, float]:
+    """Held-out caption loss of one who sees all, and of one who sees every colour and no shape.
+
+    Neither knows how many pictures a text will have; both know how often each number and each shape comes.
+    """
+    tokenizer = Tokenizer.from_file(str(next(folder.glob("random-*/tokenizer.json"))))
+    train_rows = [*documents("train", 4, 1), *captions("train")]
+    lengths = Counter(len(row["images"]) for row in train_rows)
+    known = Counter(caption for _, caption in named("train"))
+    colours = Counter(caption.split()[1] for _, caption in named("train"))
+    tokens, end, shape = 0, 0.0, 0.0
+    for row in list(documents("test", 1, 0))[:DOCUMENTS_HELD_OUT]:
+        pieces = row["text"].split("<image>")[1:]
+        tokens += 1 + sum(len(tokenizer.encode(piece).ids) for piece in pieces)
+        end -= math.log(lengths[len(pieces)] / len(train_rows))
+        shape -= sum(math.log(known[p.strip()] / colours[p.split()[1]]) for p in pieces)
+    return end / tokens, (end + shape) / tokens
 
 
 # -- results --------------------------------------------------------------------------------------------------------
@@ -208,8 +238,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         return sum(row[name][key] for row in rows) / len(rows)
 
     def cells(name: str, value: Any) -> str:
-        rates = " | ".join(f"{100 * value(name, key):.1f} %" for key in ("all", "open", "yes/no"))
-        return f"{rates} | {value(name, 'steps'):,.0f} | {value(name, 'tokens'):,.0f} | {value(name, 'cpu_seconds'):.0f}"
+        rates = [f"{100 * value(name, key):.1f} %" for key in ("all", "open", "yes/no")]
+        return " | ".join(rates + [f"{value(name, key):,.0f}" for key in ("steps", "tokens", "cpu_seconds")])
 
     lines = ["| seed | arm | all | open | yes/no | steps | tokens | CPU-s |", "| --- | --- |" + " ---: |" * 6]
     for row in rows:
@@ -229,13 +259,13 @@ def cpu_at(stage: Stage, step: int) -> float:
     return stage.summary["cpu_seconds"]["train"] * seconds[step - 1] / seconds[-1]
 
 
-def accuracy(stages: dict[str, Stage], name: str, key: str) -> list[tuple[float, float]]:
-    """(CPU-seconds since the random model, percent right); the last point is that of all held-out questions."""
-    last, spent = (stages["sft"], stages["cpt"].summary["cpu_seconds"]["train"]) if name == "A" else (
-        stages["sft-only"], 0.0
-    )  # fmt: skip
-    points = {step: metrics[key] for step, metrics in last.evals()}
-    return [(spent + cpu_at(last, step), 100 * value) for step, value in points.items()]
+def accuracy(stages: dict[str, Stage], name: str, key: str) -> tuple[list[tuple[float, float]], float]:
+    """Points (CPU-seconds since the random model, % right of a part of the held-out questions), and % right of all."""
+    last, spent = stages["sft-only"], 0.0
+    if name == "A":
+        last, spent = stages["sft"], stages["cpt"].summary["cpu_seconds"]["train"]
+    *during, (_, after) = last.evals(key)
+    return [(spent + cpu_at(last, step), 100 * value) for step, value in during], 100 * after
 
 
 def mean_curve(curves: list[list[tuple[float, float]]]) -> tuple[list[float], list[float]]:
@@ -251,23 +281,32 @@ def draw_curves(axes: Axes, curves: list[list[tuple[float, float]]], colour: str
     axes.plot(*mean_curve(curves), color=colour, linewidth=2.2, label=label, linestyle=style)
 
 
-def draw(seeds: dict[int, dict[str, Stage]], path: Path) -> None:
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+def draw(folder: Path, seeds: dict[int, dict[str, Stage]], path: Path) -> None:
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    losses = [[(step, m["loss"]) for step, m in s["cpt"].evals()] for s in seeds.values()]
-    draw_curves(left, losses, COLOURS["A"], "mean of the seeds", "-")
+    losses = [[(float(step), loss) for step, loss in s["cpt"].evals("loss")] for s in seeds.values()]
+    draw_curves(left, losses, COLOURS["A"], "held-out documents, mean of the seeds", "-")
+    for bound, text, style in zip(
+        bounds(folder), ("all seen", "colours seen, shapes guessed"), (":", "--"), strict=True
+    ):
+        left.axhline(bound, color="gray", linewidth=1, linestyle=style, label=f"{text}: {bound:.3f}")
     left.set_yscale("log")
+    left.yaxis.set_major_locator(ticker.FixedLocator([0.1, 0.2, 0.3, 0.5, 1, 2, 5]))
+    left.yaxis.set_minor_locator(ticker.NullLocator())
+    left.yaxis.set_major_formatter("{x:g}")
     left.set(title="Continued pretraining: held-out caption loss", xlabel="step", ylabel="loss per token")
     for name, label in (("A", "documents, then questions"), ("B", "questions only")):
-        for key, what, style in (("exact_match", "all", "-"), ("exact_match/open", "open", "--")):
-            curves = [accuracy(s, name, key) for s in seeds.values()]
-            draw_curves(right, curves, COLOURS[name], f"{label}: {what}", style)
+        for key, what, style, mark in (("exact_match", "all", "-", "o"), ("exact_match/open", "open", "--", "s")):
+            found = [accuracy(s, name, key) for s in seeds.values()]
+            draw_curves(right, [points for points, _ in found], COLOURS[name], f"{label}: {what}", style)
+            for points, after in found:
+                right.plot(points[-1][0], after, mark, color=COLOURS[name], markersize=5, markeredgecolor="white")
     right.set(title="Questions: held-out exact match", xlabel="CPU-seconds of training, all stages", ylabel="% right")
     right.set_xlim(left=0)
-    for axes in (left, right):
+    for axes, corner in ((left, "upper right"), (right, "lower right")):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.15)
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, frameon=False, loc=corner)
     figure.savefig(path, dpi=130, facecolor="white")
 
 
@@ -283,7 +322,7 @@ def main() -> None:
         seeds[seed] = run_seed(folder, seed, Terminal("normal"))
         rows = results(seeds)
         (folder / "results.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        draw(seeds, folder / "cpt_then_sft.png")
+        draw(folder, seeds, folder / "cpt_then_sft.png")
         print(table(rows), flush=True)
 
 

@@ -120,9 +120,9 @@ class Stages:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu = time.perf_counter(), time.thread_time()
         result = what()
-        seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
+        seconds, cpu_seconds = time.perf_counter() - wall, time.thread_time() - cpu
         done.set()
         watcher.join()
         pa.default_memory_pool().release_unused()
@@ -224,13 +224,14 @@ def main() -> None:
             mib = sum(p.stat().st_size for p in folder.glob("*.arrow")) / MIB
             print(f"{rows:,} rows: {mib:,.0f} MiB stored", file=sys.stderr)
     heads = "".join(f"{n:>11,}" for n in sizes)
-    print(f"{'':<46}{'seconds':^{len(heads)}} {'law':<7}{'peak anonymous MiB':^{len(heads)}} law")
+    print(f"{'':<46}{'CPU seconds':^{len(heads)}} {'law':<7}{'peak anonymous MiB':^{len(heads)}} law")
     print(f"{'':<46}{heads} {'':<7}{heads}")
     for stage in zip(*found, strict=True):
-        seconds, peak = [s["seconds"] for s in stage], [s["peak"] for s in stage]
+        seconds, peak = [s["cpu"] for s in stage], [s["peak"] for s in stage]
         cells = ["".join(f"{v:>11.3f}" for v in seconds), f" {law(sizes, seconds, 0.005):<7}"]
         cells += ["".join(f"{v:>11.1f}" for v in peak), f" {law(sizes, peak, 8.0)}"]
         print(f"{stage[0]['stage']:<46}{''.join(cells)}")
+    print(f"{'seconds of wall time in all':<46}" + "".join(f"{sum(s['seconds'] for s in f):>11.1f}" for f in found))
     for name, key in (("anonymous at the end, MiB", "kept"), ("mapped at the end, MiB", "mapped")):
         print(f"{name:<46}" + "".join(f"{f[-1][key]:>11.1f}" for f in found))
 

@@ -66,6 +66,23 @@ def check(run: RunFile, overrides: Overrides = None, quiet: Quiet = False, as_js
 
 
 @app.command()
+def data(
+    run: RunFile,
+    overrides: Overrides = None,
+    hashes: Annotated[bool, typer.Option("--hash", help="Read every picture: duplicates, one colour, broken.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for data.html; left out, that of the run.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Say what is in the data, source by source, and write it as a page. Loads no weights."""
+    terminal = _terminal(quiet, as_json)
+    from lensmith.recipe.data import data as describe_data
+    from lensmith.recipe.run import load_run
+
+    describe_data(load_run(run, overrides or ()), terminal, hashes=hashes, output=output)
+
+
+@app.command()
 def show(
     run: RunFile,
     number: Annotated[int, typer.Argument(help="Which sample, counted from 0 over the rows read.")],

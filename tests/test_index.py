@@ -309,15 +309,17 @@ def test_a_part_is_renewed_in_its_place(tmp_path: Path, qwen25: Path, monkeypatc
         assert build_index(spec, cache).table.equals(again.table)
 
 
-def test_frames_of_a_video_are_files(tmp_path: Path) -> None:
-    frames = [tmp_path / f"{n}.png" for n in range(2)]
-    for frame in frames:
-        frame.write_bytes(b"1")
-    handle = "\0".join(map(str, frames))
-    before = index_build._stamp([handle], {})
-    assert before is not None and before == index_build._stamp([handle], {})
-    frames[1].write_bytes(b"22")
-    assert index_build._stamp([handle], {}) != before
+def test_a_stamp_is_of_every_file(tmp_path: Path) -> None:
+    """As of the frames of a video; data that is no file has none."""
+    files = [tmp_path / f"{n}.png" for n in range(2)]
+    for file in files:
+        file.write_bytes(b"1")
+    handles = [*map(str, files), "0123456789abcdef"]
+    before = index_build._stamp(handles, {})
+    assert before is not None and before == index_build._stamp(handles, {})
+    files[1].write_bytes(b"22")
+    assert index_build._stamp(handles, {}) != before
+    assert index_build._stamp(handles[2:], {}) is None
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import math
 import random
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import runs
+import tiny
 from PIL import Image, ImageDraw
 
+from lensmith.config.yaml_file import Tree
 from lensmith.core.errors import DataError
+from lensmith.recipe.run import from_tree
 from lensmith.report import plots, tables
 from lensmith.report.metrics import MetricsWriter
 from lensmith.report.page import write_report
@@ -174,6 +180,48 @@ def test_parts_with_one_rate_are_one_line_and_wide_losses_are_logarithmic():
     assert plots.figures([{"kind": "step", "step": 1, "loss": 0.0}])["loss"].axes[0].get_yscale() == "linear"
 
 
+def steps_of(stages: dict[str, int], sources: tuple[str, ...] = ("a", "b")) -> list[dict[str, object]]:
+    """Step records of a curriculum; the loss of the n-th source is 2 n + 1."""
+    names = [name for name, count in stages.items() for _ in range(count)]
+    parts = {s: {"samples": 1, "tokens": 9, "supervised": 9 - n, "loss": 2.0 * n + 1} for n, s in enumerate(sources)}
+    return [
+        {"kind": "step", "step": n, "stage": stage, "loss": 1.0, "lr": {"x": 1e-4}, "sources": parts}
+        for n, stage in enumerate(names, 1)
+    ]
+
+
+def test_stages_have_borders_and_lines_do_not_cross_them():
+    records = steps_of({"text": 6, "mixed$_1$": 4, "a_very_long_name_of_a_stage": 5})
+    records[7]["sources"] = {}
+    made = plots.figures(records)
+    assert list(made) == ["loss", "sources", "lr"]
+    for name, figure in made.items():
+        axes = figure.axes[0]
+        assert [text.get_text() for text in axes.texts] == ["text", "mixed$_1$", "a_very_long_name.."]
+        borders = [line for line in axes.lines if line.get_linestyle() == "--"]
+        assert [line.get_xdata()[0] for line in borders] == [6.5, 10.5], name
+        curves = [line for line in axes.lines if line.get_linestyle() == "-"]
+        gaps = [plots.np.flatnonzero(plots.np.isnan(line.get_ydata())).tolist() for line in curves]
+        assert gaps == ([[6, 10]] * 2 if name == "sources" else [[6, 11]]), name
+        assert "mixed" not in plots.inline_svg(figure, name).partition("<style")[0]
+    assert plots.figures(steps_of({"": 5}))["loss"].axes[0].texts == []
+
+
+def test_sources_have_curves_where_there_are_several():
+    assert "sources" not in plots.figures(steps_of({"": 5}, ("one",)))
+    axes = plots.figures(steps_of({"": 5}))["sources"].axes[0]
+    curves = {line.get_label(): line.get_ydata().tolist() for line in axes.lines if line.get_linestyle() == "-"}
+    assert curves == {"a": [1.0] * 5, "b": pytest.approx([3.0] * 5)}
+    many = plots.figures(steps_of({"": 5}, tuple(f"s{n}" for n in range(9))))["sources"].axes[0]
+    labels = [line.get_label() for line in many.lines if line.get_linestyle() == "-"]
+    assert labels == [f"s{n}" for n in range(8)] and many.get_title(loc="left").endswith("(the 8 largest of 9)")
+
+
+def test_a_run_that_only_evaluated_has_a_curve():
+    records = [{"kind": "eval", "step": 0, "loss": 2.0, "metrics": {}}]
+    assert plots.figures(records)["loss"].axes[0].lines[-1].get_ydata().tolist() == [2.0]
+
+
 def test_key_figures_carry_their_units():
     summary = {
         "wall_seconds": {"train": 3725.0}, "peak_rss_bytes": 3 << 30, "samples": {"by_reason": {"IMG_COUNT": 5500}},
@@ -185,6 +233,29 @@ def test_key_figures_carry_their_units():
     ]  # fmt: skip
     frozen = tables.what_trains([{"part": "vision", "trainable": 0, "lr": 0.0, "weight_decay": 0.0}], {})
     assert frozen.rows[0][-2:] == ("–", "–")
+
+
+def test_tables_of_sources_and_stages():
+    one = {"source": "vqa", "samples": 1200, "tokens": 9000, "supervised": 800, "passes": 1.5, "loss_first": 2.0,
+           "loss_last": None}  # fmt: skip
+    assert tables.sources([one]).rows == []
+    assert tables.sources([one, one]).rows[0] == ("vqa", "1,200", "1.50", "9,000", "800", "2.0000", "–")
+    staged = tables.sources([{"stage": "s", **one}, {"stage": "t", **one}])
+    assert staged.columns[:2] == ("Stage", "Source") and staged.rows[1][:2] == ("t", "vqa")
+    samples = {"read": 9, "train": 7, "dropped": 2, "held_out": 0, "by_reason": {"TOO_LONG": 2}}
+    stages = tables.stages([{"name": "s", "steps": 3, "samples": samples}])
+    assert stages.rows == [("s", "3", "9", "7", "0", "2", "TOO_LONG=2")]
+    assert tables.stages([{"name": "s", "steps": 3, "samples": {**samples, "dropped": 0}}]).columns[-1] == "Dropped"
+    held = {"stages": {"s": {}, "t": {"before": {"loss": 2.0}, "after": {"loss": 1.0}}, "u": {"after": {"loss": 0.5}}}}
+    assert tables.held_out_stages(held).rows == [
+        ("t", "loss", "2.0000", "1.0000", "-1"), ("u", "loss", "–", "0.5000", "–"),
+    ]  # fmt: skip
+    even = {"ranks_predicted": 1.0, "rows_predicted": 1.156, "rows_measured": 1.07, "steps_predicted": 0.2,
+            "steps_measured": 0.4}  # fmt: skip
+    rows = [("balance of rows (measured)", "1.16 (1.07)"), ("balance of steps (measured)", "0.20 (0.40)")]
+    assert tables.balance(even) == rows
+    assert tables.balance({**even, "ranks_predicted": 1.25}) == [("balance of ranks", "1.25"), *rows]
+    assert tables.balance({}) == []
 
 
 def test_smoothing_is_a_mean_that_skips_nan():
@@ -240,6 +311,62 @@ def test_page_shows_the_run(tmp_path: Path):
     assert not list((tmp_path / "run").glob("*.tmp"))
     ids = [part.split('"')[0] for part in raw.split(' id="')[1:]]
     assert len(ids) == len(set(ids))
+
+
+def test_page_of_a_curriculum_tells_what_the_summary_tells(tmp_path: Path, qwen25: Path):
+    chat = tiny.make_chat(tmp_path / "data", 8)
+    docs = tmp_path / "docs.jsonl"
+    docs.write_text("".join(json.dumps({"text": "red circle " * (9 + n)}) + "\n" for n in range(8)))
+    train = [{"path": str(docs)}, {"path": str(chat), "share": 2}]
+    values = {
+        "model": {"path": str(qwen25)}, "data": {"train": str(docs), "max_tokens": 256, "workers": 0},
+        "batch": {"samples": 4}, "train": {"epochs": 1, "device": "cpu", "threads": 1}, "output": str(tmp_path / "out"),
+        "stages": [
+            {"name": "text", "tune": {"kind": "freeze", "train": ["language"]}},
+            {"name": "mixed", "tune": "full", "data": {"train": train, "mixture": "shares", "eval": str(docs)}},
+            {"name": "lora", "tune": {"kind": "lora", "rank": 2}, "data": {"train": str(chat)}},
+        ],
+    }  # fmt: skip
+    out = runs.quiet_train(from_tree(Tree(values), None))
+    raw, summary = (out.folder / "report.html").read_text("utf-8"), out.summary
+    assert [(s["name"], s["steps"]) for s in summary["stages"]] == [("text", 2), ("mixed", 4), ("lora", 2)]
+    assert cells(raw, "sources") == [
+        *tables.stages(summary["stages"]).rows, *tables.sources(summary["sources"]).rows,
+    ]  # fmt: skip
+    assert sum(s["samples"] for s in summary["sources"] if s["stage"] == "mixed") == 16
+    after = summary["heldout"]["stages"]["mixed"]["after"]["loss"]
+    assert [row[0] for row in cells(raw, "quality")][0] == "mixed" and f"{after:.4f}" in cells(raw, "quality")[0]
+    text = parse(out.folder / "report.html").text
+    assert "Stages and sources" in text and "In the last stage." in text and "balance of rows (measured)" in text
+    assert "{'" not in text and raw.count("<svg") == 5
+    assert [c[0] for c in cells(raw, "ledger")][:4] == ["text/docs", "mixed/docs", "mixed/train", "lora/train"]
+
+
+def cells(page: str, section: str) -> list[tuple[str, ...]]:
+    """The rows of the tables of a section."""
+    part = page.split(f'<section id="{section}">')[1].split("</section>")[0]
+    bodies = "".join(re.findall(r"<tbody>(.*?)</tbody>", part, re.DOTALL))
+    rows = [
+        re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in re.findall(r"<tr>(.*?)</tr>", bodies, re.DOTALL)
+    ]
+    return [tuple(html.unescape(cell) for cell in row) for row in rows]
+
+
+def test_a_run_with_one_source_has_no_table_of_sources(tmp_path: Path):
+    run = make_run(tmp_path)
+    summary = json.loads((run / "summary.json").read_text())
+    one = {
+        "source": "a",
+        "samples": 9,
+        "tokens": 9,
+        "supervised": 3,
+        "passes": 1.0,
+        "loss_first": 1.0,
+        "loss_last": 0.5,
+    }
+    before = parse(write_report(run)).tags
+    (run / "summary.json").write_text(json.dumps({**summary, "stages": [], "sources": [one], "balance": {}}))
+    assert parse(write_report(run)).tags == before
 
 
 @pytest.mark.parametrize("evil", [IMG_TAG, END_TAG, "\"' autofocus onfocus=alert(1) {{ 7*7 }}", "\u202e\x1b\x00\ud800"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import math
 import struct
 import sys
@@ -34,10 +35,12 @@ from transformers.video_utils import VideoMetadata
 from lensmith.core.encoded import IGNORED, IMAGE, Encoded, VideoInfo
 from lensmith.core.errors import ConfigError, DataError, Drop
 from lensmith.core.sample import Conversation, Document, Image, Sample, Text, Video
-from lensmith.data.collate import Pictures
+from lensmith.data.collate import Member, Pictures, load_row
 from lensmith.data.encode import Placed, Template
-from lensmith.data.load import Loader, LoaderSpec, SourceFile
+from lensmith.data.index_build import build_index
+from lensmith.data.load import Loader, LoaderSpec, SampleRef, SourceFile
 from lensmith.data.media import ImageLimits, VideoLimits
+from lensmith.data.readers import RowRef
 from lensmith.data.video import probe_video, read_frames
 from lensmith.family.qwen_vl import QwenVL, from_config
 from lensmith.family.qwen_vl_video import frame_size, sample_frames, video_settings
@@ -109,6 +112,14 @@ def test_rotation(turn: int, left: str) -> None:
         "top": redder[: len(redder) // 2 - 4], "bottom": redder[len(redder) // 2 + 4 :],
     }  # fmt: skip
     assert halves[left].mean() > 0.95
+
+
+@pytest.mark.parametrize("trimmed", [2, 13])
+def test_frames_that_an_edit_list_passes_over_are_no_frames(trimmed: int) -> None:
+    """2: packets that are decoded and not shown; 13: whole groups of packets that are not read at all."""
+    data = tiny.make_video(20, trimmed=trimmed)
+    assert probe(data) == VideoInfo(64, 64, 20 - trimmed, 10.0)
+    assert greys(data, [0, 5]) == [(0, trimmed), (5, trimmed + 5)]
 
 
 def with_number(data: bytes, frames: int) -> bytes:
@@ -303,6 +314,24 @@ def test_a_video_by_its_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert reason(lambda: info_of(tmp_path, video)) == "IMG_EMPTY"
     (tmp_path / "3.png").unlink()
     assert reason(lambda: info_of(tmp_path, video)) == "IMG_MISSING"
+
+
+def test_rows_with_videos_are_indexed_and_read(tmp_path: Path) -> None:
+    frames = frames_of(tmp_path, 4)
+    (tmp_path / "a.mp4").write_bytes(tiny.make_video(24))
+    (tmp_path / "text.mp4").write_bytes(b"hello")
+    rows = []
+    for video in ("a.mp4", "text.mp4", "none.mp4", [f.path for f in frames.frames]):
+        turns = [{"role": "user", "content": "<video>what?"}, {"role": "assistant", "content": "yes"}]
+        rows.append(json.dumps({"messages": turns, "videos": [video]}) + "\n")
+    (tmp_path / "train.jsonl").write_text("".join(rows))
+    loader = loader_of(tmp_path)
+    index = build_index(loader.spec, tmp_path / "cache")
+    assert index.counts()["by_reason"] == {"VIDEO_FORMAT": 1, "VIDEO_MISSING": 1}
+    tokens = index.column("tokens").tolist()
+    row = load_row(loader, [Member(n, index.ref(n), tokens=t) for n, t in enumerate(tokens)], {})
+    assert row.members == (0, 1) and not row.dropped and row.num_tokens == sum(tokens)
+    assert row.image_grids_I3[:, 0].tolist() == [2, 2]  # 4 frames of 2.4 seconds, 4 frames whose rate nobody said
 
 
 def test_without_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -763,10 +792,6 @@ def test_the_vision_cache_knows_clips(kit: qwen.Kit) -> None:
 
 
 def load_known(kit: qwen.Kit, samples: list[Encoded], known: dict[str, str]) -> Any:
-    from lensmith.data.collate import Member, load_row
-    from lensmith.data.load import SampleRef
-    from lensmith.data.readers import RowRef
-
     members = [Member(i, SampleRef(0, RowRef(i, i + 1, 0, 0))) for i in range(len(samples))]
     return load_row(kit.loader, members, known, lambda m: (f"test:{m.number}", samples[m.number]))
 

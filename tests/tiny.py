@@ -232,24 +232,31 @@ def make_video(
     kind: str = "mp4",
     turn: int = 0,
     sound: bool = False,
+    trimmed: int = 0,
 ) -> bytes:
-    """A video whose frame i is grey of `grey(i)`, its left half a little redder; `turn` is written, not done."""
+    """A video whose frame i is grey of `grey(i)`, its left half a little redder. `turn` is written, not done; the first
+    `trimmed` frames are there and passed over, by an edit list."""
+    from fractions import Fraction
+
     import av
 
     out = io.BytesIO()
     fast = {"libx264": {"preset": "ultrafast"}, "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"}}
-    with av.open(out, "w", format=kind) as container:
+    apart = {"avoid_negative_ts": "disabled"} if trimmed else {}
+    with av.open(out, "w", format=kind, container_options=apart) as container:
         stream = container.add_stream(codec, rate=fps, options=fast.get(codec, {}))
         stream.bit_rate = 8_000_000
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        stream.codec_context.thread_count = 1
+        stream.codec_context.thread_count, stream.codec_context.gop_size = 1, 5
         if turn:
             stream.set_display_rotation(turn)
         voice = container.add_stream("aac", rate=8000) if sound else None
         for i in range(frames):
             pixels = np.full((size[1], size[0], 3), grey(i), np.uint8)
             pixels[:, : size[0] // 2, 0] += 40
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = i - trimmed, Fraction(1, fps)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
         if voice is not None:
             silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")

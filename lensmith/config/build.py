@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -15,6 +15,7 @@ from lensmith.config.yaml_file import Key, Tree, parse_value
 from lensmith.core.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
+V = TypeVar("V")
 _Step = str | int
 
 _WANTED = {
@@ -90,47 +91,61 @@ def without(tree: Tree, keys: Sequence[str]) -> Tree:
     return Tree({k: v for k, v in tree.values.items() if k not in keys}, tree.file, tree.lines, tree.overrides)
 
 
-def merged(base: Tree, tree: Tree, path: Key, skip: Sequence[str] = ()) -> Tree:
-    """`base` with the mapping that stands at `path` in `tree` laid over it; every value keeps its own line.
+def merged(kind: type[BaseModel], base: Tree, tree: Tree, path: Key, skip: Sequence[str] = ()) -> Tree:
+    """`base`, a tree of `kind`, with the mapping that stands at `path` in `tree` laid over it; every value keeps its
+    own line.
 
-    Mappings are merged key by key, everything else is replaced; so is a mapping whose `kind` changes.
+    Mappings are merged key by key, everything else is replaced; so is a choice of another kind.
     """
     over: Any = tree.values
     for step in path:
         over = over[step]
-    values, lines, said = _copy(base.values), dict(base.lines), dict(base.overrides)
+    values, replaced = _copy(base.values), list[Key]()
     for key in (k for k in over if k not in skip):
-        _lay_over(values, over[key], (key,))
-    for at, line in tree.lines.items():
-        if at[: len(path)] == path and len(at) > len(path):
-            lines[at[len(path) :]] = line
-    for at, text in tree.overrides.items():
-        if at[: len(path)] == path and len(at) > len(path):
-            said[at[len(path) :]] = text
-    return Tree(values, base.file, lines, said)
+        _lay_over(kind, values, over[key], (key,), replaced)
+
+    def places(of_base: Mapping[Key, V], of_tree: Mapping[Key, V]) -> dict[Key, V]:
+        kept = {at: v for at, v in of_base.items() if not any(at[: len(r)] == r for r in replaced)}
+        inside = {at[len(path) :]: v for at, v in of_tree.items() if at[: len(path)] == path and len(at) > len(path)}
+        return kept | inside
+
+    return Tree(values, base.file, places(base.lines, tree.lines), places(base.overrides, tree.overrides))
 
 
-def _lay_over(values: dict[str, Any], over: Any, path: tuple[str, ...]) -> None:
-    node = values
+def _lay_over(kind: type[BaseModel], values: dict[str, Any], over: Any, path: Key, replaced: list[Key]) -> None:
+    node: Any = values
     for step in path[:-1]:
         node = node[step]
     key = path[-1]
+    default = _default_kind(kind, path)
+    if default is not None:  # `tune: lora`, `tune: {rank: 4}` and `tune: {kind: lora}` are of one kind
+        node[key] = _with_kind(node.get(key), default)
+        over = {"kind": over} if isinstance(over, str) else over
     below: Any = node.get(key)
-    if isinstance(below, str) and isinstance(over, dict):
-        below = node[key] = {"kind": below}  # `tune: lora` below `tune: {rank: 4}`
-    if (
-        not isinstance(below, dict)
-        or not isinstance(over, dict)
-        or _another_kind(cast("Any", below), cast("Any", over))
-    ):
+    if not isinstance(below, dict) or not isinstance(over, dict) or _another_kind(cast(Any, below), cast(Any, over)):
         node[key] = _copy(over)
+        replaced.append(path)
         return
     for name, value in cast("dict[str, Any]", over).items():
-        _lay_over(values, value, (*path, name))
+        _lay_over(kind, values, value, (*path, name), replaced)
 
 
-def _another_kind(below: Any, over: Any) -> bool:
+def _with_kind(choice: Any, default: str) -> Any:
+    return {"kind": default, **cast("Any", choice)} if isinstance(choice, dict) else {"kind": choice or default}
+
+
+def _another_kind(below: dict[str, Any], over: dict[str, Any]) -> bool:
     return "kind" in over and over["kind"] != below.get("kind")
+
+
+def _default_kind(kind: type[BaseModel], path: Key) -> str | None:
+    """The kind of the choice at `path` when none is named; None for what is no choice."""
+    for model in _models_at(kind, path[:-1]):
+        field = model.model_fields.get(str(path[-1]))
+        default = None if field is None else field.get_default(call_default_factory=False)
+        if isinstance(default, BaseModel) and _tags(type(default)):
+            return _tags(type(default))[0]
+    return None
 
 
 def build(kind: type[M], tree: Tree) -> M:

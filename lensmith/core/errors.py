@@ -6,6 +6,8 @@ with `exit_code`. Anything else that escapes is a defect in lensmith and is show
 
 from __future__ import annotations
 
+from typing import Any
+
 EXIT_CRASH = 70  # EX_SOFTWARE of sysexits.h: a defect of ours
 
 
@@ -24,10 +26,18 @@ class UserError(Exception):
         self.remedy = remedy
         super().__init__(self.render())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors come back from worker processes: their text alone would not build them again."""
+        return _rebuilt, (type(self), self.code, self.message, self.where, self.remedy)
+
     def render(self) -> str:
         place = f"{self.where}: " if self.where else ""
         remedy = f"\n  -> {self.remedy}" if self.remedy else ""
         return f"[{self.code}] {place}{self.message}{remedy}"
+
+
+def _rebuilt(kind: type[UserError], code: str, message: str, where: str, remedy: str) -> UserError:
+    return kind(code, message, where=where, remedy=remedy)
 
 
 class ConfigError(UserError):

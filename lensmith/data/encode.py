@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -15,7 +16,7 @@ from lensmith.core.encoded import IMAGE, TEXT, Encoded, ImageBlock, Segment, Vid
 from lensmith.core.errors import Drop
 from lensmith.core.sample import Conversation, Document, Image, Part, Sample, Text, Video
 from lensmith.data.branches import join_branches
-from lensmith.data.split import Cut, Splitter, UnitSize, sentence_ends, stretches
+from lensmith.data.split import SENTENCE_ENDS, Cut, Splitter, UnitSize, sentence_ends, stretches
 from lensmith.data.tokenizer import TextTokenizer
 
 ImageSize = Callable[[Image], tuple[int, int]]
@@ -339,5 +340,6 @@ def _unit_size(unit: Tokens, text: str | None) -> UnitSize:
         return UnitSize(len(unit), images=min(len(unit.blocks), 1))
     starts = unit.starts
     whole = np.flatnonzero(np.diff(starts, prepend=-1) > 0)  # byte-level tokens may begin inside a character
-    ends = sentence_ends(text)
-    return UnitSize(len(unit), 0, whole.tolist(), [i for i in whole.tolist() if int(starts[i]) in ends])
+    sentences = whole[np.isin(starts[whole], list(sentence_ends(text)))]
+    ends = [len(unit)] if text[-1] in SENTENCE_ENDS else []
+    return UnitSize(len(unit), 0, array("i", whole.tolist()), [*sentences.tolist(), *ends])

@@ -225,7 +225,7 @@ def _fingerprint(spec: LoaderSpec, number: int, cache: Path) -> str:
         "tokenizer": [hashlib.sha256(spec.tokenizer_json.encode()).hexdigest(), spec.text_tokens], "roots": spec.roots,
         "format": f.format.model_dump() if f.format else None, "limits": spec.limits.model_dump(),
         "length": [spec.max_tokens, spec.too_long, spec.max_row_bytes], "max_samples": f.max_samples,
-        "dataset": [f.split, f.subset, f.revision],
+        "videos": spec.videos.model_dump(), "dataset": [f.split, f.subset, f.revision],
         "documents": asdict(spec.documents), "content": [_content(p, cache) for p in spec.open(number).content_files()],
     }  # fmt: skip
     return hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
@@ -278,7 +278,7 @@ def _changed_rows(table: pa.Table) -> np.ndarray | None:
 
 def _stamp(handles: Sequence[str], states: dict[str, str]) -> int | None:
     """64 bits over size and time of a sample's picture files; None for a sample without."""
-    files = [f for h in handles for f in h.split("\0") if os.path.isabs(f)]  # the frames of a video are one handle
+    files = [h for h in handles if os.path.isabs(h)]
     for file in files:
         if file not in states:
             try:
@@ -418,10 +418,29 @@ def measure(loader: Loader, number: int, ref: RowRef) -> list[dict[str, Any]]:
     """The index rows of one row: verdict `train`, `drop` (reason, detail) or `fail` (a wrong row)."""
     rows = loader.rows(number)
     notes: dict[str, None] = dict.fromkeys(rows.notes if ref.number == 0 else ())
+    return _measured(loader, number, ref, rows.origin(ref), notes, lambda: loader.sample(number, ref))
+
+
+def measure_row(
+    loader: Loader, number: int, ref: RowRef, origin: str, row: dict[str, Any], notes: dict[str, None]
+) -> list[dict[str, Any]]:
+    """As `measure`, for a row that is at hand."""
+    return _measured(loader, number, ref, origin, notes, lambda: loader.parse(number, row, origin))
+
+
+def wrong_row(origin: str, error: DataError) -> dict[str, Any]:
+    """The index row of a row that could not even be read."""
+    return {"row": -1, "piece": 0, "pieces": 1, "origin": origin, "notes": [], "verdict": "fail",
+            "reason": error.code, "detail": error.render(), **cut_columns(None)}  # fmt: skip
+
+
+def _measured(
+    loader: Loader, number: int, ref: RowRef, origin: str, notes: dict[str, None], sample_of: Callable[[], Sample]
+) -> list[dict[str, Any]]:
     row: dict[str, Any] = {"row": ref.number, "line": ref.line, "offset": ref.offset, "length": ref.length}
-    row |= {"piece": 0, "pieces": 1, "origin": rows.origin(ref), "notes": list(notes), **cut_columns(None)}
+    row |= {"piece": 0, "pieces": 1, "origin": origin, "notes": list(notes), **cut_columns(None)}
     try:
-        sample = loader.sample(number, ref)
+        sample = sample_of()
     except Drop as drop:
         return [row | {"verdict": "drop", "reason": drop.reason, "detail": drop.detail}]
     except DataError as error:
@@ -474,7 +493,8 @@ class _Whole:
 
     def measured(self, cut: Cut | None, encoded: Encoded) -> dict[str, Any]:
         shown = [block.image for block in encoded.images] if cut is not None else self.sample.media()
-        handles = [self.loader.handle(self.number, image, self.sample.origin) for image in shown]
+        origin = self.sample.origin
+        handles = [h for image in shown for h in self.loader.handles(self.number, image, origin)]
         each = tuple(dict.fromkeys(handles))
         images = sum(not block.frames for block in encoded.images) if cut is not None else len(self.sample.images())
         return {

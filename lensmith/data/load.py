@@ -24,6 +24,8 @@ from lensmith.data.media import ImageLimits, VideoLimits, is_data_url, parse_dat
 from lensmith.data.media_open import ImageInfo, open_rgb, probe, probe_file
 from lensmith.data.readers import RowFile, RowRef, open_rows
 from lensmith.data.split import Cut
+from lensmith.data.spool import SUFFIX as SPOOL
+from lensmith.data.spool import SpoolRows
 from lensmith.data.tokenizer import TextTokenizer
 from lensmith.data.video import probe_video, read_frames
 
@@ -88,6 +90,8 @@ class LoaderSpec:
 
     def open(self, file: int) -> RowFile:
         f = self.files[file]
+        if f.path.endswith(SPOOL):
+            return SpoolRows(Path(f.path))
         return open_rows(
             f.path, name=f.shown, max_row_bytes=self.max_row_bytes, split=f.split, subset=f.subset, revision=f.revision
         )
@@ -114,7 +118,19 @@ class Loader:
         rows = self.rows(file)
         row = rows.read(ref)
         self.detect(file)
-        return self._formats[file].parse(row, rows.origin(ref))
+        return self.parse(file, row, rows.origin(ref))
+
+    def parse(self, file: int, row: dict[str, Any], origin: str) -> Sample:
+        """A row of a file whose format is settled."""
+        return self._formats[file].parse(row, origin)
+
+    def use(self, files: tuple[SourceFile, ...]) -> None:
+        """Read other files of the same sources from now on (the next window of a stream)."""
+        if files != self.spec.files:
+            for rows in self._rows.values():
+                rows.close()
+            self._rows.clear()
+            self.spec = replace(self.spec, files=files)
 
     def detect(self, file: int) -> None:
         """Settle the format of a file: as the run file says, else by its first row that can be read.
@@ -228,9 +244,8 @@ class Loader:
             headers = [self.header(file, frame, origin) for frame in video.frames]
             sizes = dict.fromkeys((h.width, h.height) for h in headers)
             if len(sizes) > 1:
-                raise Drop(
-                    "VIDEO_FRAMES", f"frames of {len(sizes)} sizes, " + " and ".join(f"{w}x{h}" for w, h in sizes)
-                )
+                (width, height), (other_width, other_height), *_ = sizes
+                raise Drop("VIDEO_FRAMES", f"a frame of {width}x{height} and one of {other_width}x{other_height}")
             return VideoInfo(headers[0].width, headers[0].height, len(headers), video.fps or 0.0)
         with _of_videos():
             source = self._video_file(file, video, origin)
@@ -278,8 +293,10 @@ def _of_videos() -> Iterator[None]:
     try:
         yield
     except Drop as drop:
-        if drop.reason in ("IMG_MISSING", "IMG_READ"):
-            raise Drop(drop.reason.replace("IMG", "VIDEO"), drop.detail) from None
+        if drop.reason == "IMG_MISSING":
+            raise Drop("VIDEO_MISSING", drop.detail) from None
+        if drop.reason == "IMG_READ":
+            raise Drop("VIDEO_READ", drop.detail) from None
         raise
 
 

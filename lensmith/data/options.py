@@ -100,6 +100,8 @@ class Stream(Part):
 
     window: int = Field(default=4096, ge=1)
     """Rows that are measured together and shuffled among themselves."""
+    wrong: Literal["stop", "drop"] = "stop"
+    """What a wrong row does, one that an index would refuse before the first step: end the run, or be dropped."""
 
 
 class Data(Part):

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lensmith.core.encoded import PackedRow
-from lensmith.core.errors import RunError, UserError
+from lensmith.core.errors import RunError
 from lensmith.data.collate import Member, load_row
 from lensmith.data.index import Index
-from lensmith.data.load import Loader, LoaderSpec
+from lensmith.data.load import Loader, LoaderSpec, SourceFile
 from lensmith.data.placement import Limits, place
 from lensmith.data.plan import Plan, Step
 
@@ -36,6 +36,8 @@ class StepRows:
     wait_seconds: float = 0.0
     dropped: list[tuple[int, str, str]] = field(default_factory=list)
     cost: Cost = field(default_factory=lambda: Cost())
+    index: Index | None = None
+    """What the numbers of its members count in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class _Waiting:
 
     step: Step
     members: list[list[Member]]
-    rows: list[Future[PackedRow | _Refused]]
+    rows: list[Future[PackedRow]]
     cost: Cost
 
 
@@ -73,11 +75,11 @@ _worker: dict[str, Loader] = {}
 
 
 def _start_worker(spec: LoaderSpec) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     _worker["loader"] = spec.build()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A worker whose parent was killed would wait for work for ever: its siblings hold the pipe open."""
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -85,25 +87,18 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Refused:
-    """A `UserError` on its way from a worker: its constructor takes more than the text that pickle would give it."""
-
-    kind: type[UserError]
-    code: str
-    message: str
-    where: str
-    remedy: str
-
-    def error(self) -> UserError:
-        return self.kind(self.code, self.message, where=self.where, remedy=self.remedy)
+def _work(members: list[Member], known: dict[str, str], files: tuple[SourceFile, ...] | None = None) -> PackedRow:
+    """`files`: the window of a stream that the members belong to."""
+    loader = _worker["loader"]
+    if files is not None:
+        loader.use(files)
+    return load_row(loader, members, known)
 
 
-def _work(members: list[Member], known: dict[str, str]) -> PackedRow | _Refused:
-    try:
-        return load_row(_worker["loader"], members, known)
-    except UserError as error:
-        return _Refused(type(error), error.code, error.message, error.where, error.remedy)
+def start_pool(workers: int, spec: LoaderSpec) -> ProcessPoolExecutor:
+    """Processes that read rows for `Pipeline`."""
+    context = multiprocessing.get_context("fork")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(spec,))
 
 
 @dataclass
@@ -118,9 +113,11 @@ class Pipeline:
     known: Known = no_picture_known
     rank: int = 0
     ranks: int = 1
+    pool: ProcessPoolExecutor | None = None
+    """Processes of somebody else's, who ends them; None: own ones."""
+    loader: Loader | None = None
 
     def __post_init__(self) -> None:
-        self._loader: Loader | None = None
         self._tokens = self.index.column("tokens")
         self._patches = self.index.column("patches")
         self._sources = self.index.column("source")
@@ -159,14 +156,12 @@ class Pipeline:
                 rows = [self._read(row, self._known_of(row)) for row in members]
                 yield self._finish(step, rows, time.perf_counter() - begin, cost)
             return
-        context = multiprocessing.get_context("fork")
-        pool = ProcessPoolExecutor(
-            self.workers, mp_context=context, initializer=_start_worker, initargs=(self.index.spec,)
-        )
+        pool = self.pool or start_pool(self.workers, self.index.spec)
         try:
             yield from self._ahead(pool, plan)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            if self.pool is None:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def pictures(self, patches: int) -> Iterator[tuple[int, PackedRow]]:
         """(samples done, row) over all samples with pictures in index order, about `patches` patches a row: for
@@ -190,12 +185,13 @@ class Pipeline:
 
     def _ahead(self, pool: ProcessPoolExecutor, plan: Iterator[Step]) -> Iterator[StepRows]:
         waiting: deque[_Waiting] = deque()
+        files = self.index.spec.files if self.pool is not None else None
         try:
             for step in plan:
                 members, cost = self.placed(step)
                 waiting.append(_Waiting(step, members, [], cost))
                 for row in members:
-                    waiting[-1].rows.append(pool.submit(_work, row, self._known_of(row)))
+                    waiting[-1].rows.append(pool.submit(_work, row, self._known_of(row), files))
                 if len(waiting) > self.ahead:
                     yield self._collect(waiting)
             while waiting:
@@ -211,12 +207,7 @@ class Pipeline:
 
     def _collect(self, waiting: deque[_Waiting]) -> StepRows:
         begin = time.perf_counter()
-        rows: list[PackedRow] = []
-        for future in waiting[0].rows:
-            row = future.result()
-            if isinstance(row, _Refused):
-                raise row.error()
-            rows.append(row)
+        rows = [future.result() for future in waiting[0].rows]
         done = waiting.popleft()
         return self._finish(done.step, rows, time.perf_counter() - begin, done.cost)
 
@@ -237,9 +228,10 @@ class Pipeline:
         )
 
     def _read(self, members: list[Member], known: dict[str, str]) -> PackedRow:
-        if self._loader is None:
-            self._loader = self.index.spec.build()
-        return load_row(self._loader, members, known)
+        if self.loader is None:
+            self.loader = self.index.spec.build()
+        self.loader.use(self.index.spec.files)
+        return load_row(self.loader, members, known)
 
     def reread(self, members: tuple[int, ...]) -> PackedRow:
         """A row again with all its pixels (its cached features were evicted meanwhile, or an incident is traced)."""
@@ -260,6 +252,7 @@ class Pipeline:
             wait_seconds=wait,
             dropped=dropped,
             cost=cost,
+            index=self.index,
         )
 
 

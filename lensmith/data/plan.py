@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -33,6 +33,8 @@ class Step:
     """Epochs completed after this step. Of a mixture: draws over samples of all sources."""
     cursor: int
     """Position in the stream after this step."""
+    stream: dict[str, Any] | None = None
+    """Of a stream that is not planned: where to go on after this step (see `windows`)."""
 
 
 @dataclass(frozen=True)

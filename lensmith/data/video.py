@@ -54,8 +54,8 @@ def probe_video(source: Source, limits: VideoLimits, pictures: ImageLimits) -> V
             counted.add(packet)
         if not counted.packets:
             raise Drop("VIDEO_EMPTY", "no frames")
-        # an MP4 lists its frames one by one; other headers hold a mere number
-        promised = stream.frames if container.format.name.startswith("mov") else 0
+        # an MP4 lists its packets one by one (less those that an edit list passes over); other headers hold a number
+        promised = len(stream.index_entries) if container.format.name.startswith("mov") else 0
         if counted.corrupt or promised > counted.packets + 1:
             raise Drop("VIDEO_DECODE", "the file is damaged or cut short")
         if counted.first is None:

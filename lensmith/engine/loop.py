@@ -51,6 +51,8 @@ class Progress:
     """The best score that has a checkpoint."""
     bad_in_a_row: int = 0
     excluded: dict[int, int] = field(default_factory=dict[int, int])
+    stream: dict[str, Any] | None = None
+    """Where a stream goes on; None for planned data."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Loop:
         Raises `Interrupted` after a save when SIGTERM, SIGINT or SIGHUP arrived, and `RunError` NONFINITE.
         """
         last_save, saved_at = time.monotonic(), self.progress.step
-        if self._is_over():  # an early stop whose run is started again stays stopped
+        if self.is_over:  # an early stop whose run is started again stays stopped
             return self.progress
         with Signals() as signals:
             for data in steps:
@@ -95,14 +97,14 @@ class Loop:
                 best = metrics is not None and self._is_best(metrics)
                 if metrics is not None:
                     self._count_worse(metrics)
-                stop = metrics is not None and self._is_over()
+                stop = metrics is not None and self.is_over
                 if self._save_due(done, last_save) or signals.caught is not None or stop or best:
                     self.callbacks.save(self.progress, metrics)
                     last_save, saved_at = time.monotonic(), done
                 if signals.caught is not None:
                     raise Interrupted(signals.caught, self.first_step + done)
                 if stop:
-                    self.callbacks.event("early_stop", {"step": done})
+                    self.callbacks.event("early_stop", {"step": self.first_step + done})
                     break
             if saved_at != self.progress.step:
                 self.callbacks.save(self.progress, None)
@@ -126,6 +128,7 @@ class Loop:
         else:
             result = StepResult(math.nan, 0.0, {}, False, self.optimizer.rates(), empty=True)
         p.step, p.cursor, p.epoch = data.step.number + 1, data.step.cursor, data.step.epoch
+        p.stream = data.step.stream
         if result.applied:
             p.applied, p.bad_in_a_row = p.applied + 1, 0
             p.tokens, p.samples = p.tokens + data.num_tokens, p.samples + data.num_samples
@@ -169,7 +172,9 @@ class Loop:
         else:
             p.worse += 1
 
-    def _is_over(self) -> bool:
+    @property
+    def is_over(self) -> bool:
+        """Whether the early stop has come."""
         return self.train.early_stop is not None and self.progress.worse >= self.train.early_stop.patience
 
 

@@ -110,14 +110,16 @@ def frame_size(
         if min(width, height) < unit:
             scale = max(unit / height, unit / width)
             width, height = int(width * scale), int(height * scale)
-        most = shown.max_total or 0
+        assert shown.max_total is not None
+        most = shown.max_total
         if shown.max_pixels is not None:
             most = min(shown.max_pixels, most // num_frames) * num_frames
         most = max(most, shown.floor * num_frames)
         least = min(max(shown.min_total, shown.min_pixels * num_frames), most)
         rounded = round(num_frames / pixels.temporal) * pixels.temporal
         return smart_resize(width, height, unit, least, most, num_frames, rounded)
-    most = shown.max_pixels or 0
+    assert shown.max_pixels is not None
+    most = shown.max_pixels
     if shown.max_total is not None:
         most = max(min(most, shown.max_total // num_frames), shown.floor)
     return smart_resize(width, height, unit, min(shown.min_pixels, most), most)

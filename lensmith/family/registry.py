@@ -10,6 +10,7 @@ from typing import Any
 from lensmith.core.errors import ModelError
 from lensmith.core.sample import Conversation, Image, Message, Text
 from lensmith.data.encode import Picture
+from lensmith.data.media import VideoLimits
 from lensmith.data.tokenizer import TextTokenizer
 from lensmith.family.template import default_system, render_vendor
 
@@ -32,7 +33,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_family(
-    folder: Path, *, min_pixels: int | None = None, max_pixels: int | None = None, check: bool = True
+    folder: Path,
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    check: bool = True,
+    video: VideoLimits | None = None,
 ) -> Any:
     """The family of the model in `folder`, with its own pixel settings (or the given ones) and default system prompt.
 
@@ -46,9 +52,10 @@ def load_family(
         raise ModelError("MODEL_TYPE", f"model_type {model_type!r} is not a known family",
                          where=str(folder / "config.json"),
                          remedy=f"known: {known}; docs/adding_a_family.md shows how to add one")  # fmt: skip
-    newer = read_json(folder / "processor_config.json").get("image_processor")  # transformers 5 reads this one first
-    preprocessor = newer or read_json(folder / "preprocessor_config.json")
-    preprocessor = dict(preprocessor)
+    newer = read_json(folder / "processor_config.json")  # transformers 5 reads this one first
+    older = read_json(folder / "preprocessor_config.json")
+    preprocessor = dict(newer.get("image_processor") or older)
+    shown = newer.get("video_processor") or read_json(folder / "video_preprocessor_config.json") or older
     if min_pixels or max_pixels:
         size = dict(preprocessor.get("size") or {})
         size |= {"shortest_edge": min_pixels} if min_pixels else {}
@@ -57,9 +64,8 @@ def load_family(
                          "max_pixels": max_pixels or preprocessor.get("max_pixels")}  # fmt: skip
     template = vendor_template(folder)
     module = importlib.import_module(FAMILIES[model_type])
-    family = module.from_config(
-        config, preprocessor, _default_system(template, module.DEFAULT_SYSTEM[model_type], check)
-    )
+    system = _default_system(template, module.DEFAULT_SYSTEM[model_type], check)
+    family = module.from_config(config, preprocessor, system, shown, video)
     if family.pixels.min_pixels > family.pixels.max_pixels:
         raise ModelError("PIXELS", f"min_pixels {family.pixels.min_pixels} > max_pixels {family.pixels.max_pixels}",
                          remedy="set data.min_pixels and data.max_pixels")  # fmt: skip

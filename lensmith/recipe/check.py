@@ -12,10 +12,19 @@ from lensmith.report.terminal import Terminal
 SHOWN_DROPS = 50
 
 
-def check(located: Located, terminal: Terminal) -> Prepared:
-    """Raises `UserError` for what would stop the run."""
+def check(located: Located, terminal: Terminal) -> None:
+    """Raises `UserError` for what would stop the run, in any of its stages."""
     for sink in located.run.log.sinks:
         sink.check()
+    for number, stage in enumerate(located.stages):
+        if stage.stage_name:
+            text = f"stage {number + 1} of {len(located.stages)}: {stage.stage_name}"
+            terminal.event("stage", text, stage=stage.stage_name)
+        with stage.saying_which():
+            _check_stage(stage, terminal)
+
+
+def _check_stage(located: Located, terminal: Terminal) -> None:
     prepared = prepare(located, terminal)
     _show_data(prepared, terminal)
     _show_dropped(prepared, terminal)
@@ -30,7 +39,6 @@ def check(located: Located, terminal: Terminal) -> Prepared:
         f"{prepared.limits.device_tokens:,} tokens a step",
         steps=steps, rows_per_step=packed,
     )  # fmt: skip
-    return prepared
 
 
 def _show_data(prepared: Prepared, terminal: Terminal) -> None:

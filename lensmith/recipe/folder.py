@@ -11,6 +11,7 @@ import platform
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ import pyarrow.parquet as pq
 
 from lensmith.checkpoint.store import Damaged, Store, read_manifest
 from lensmith.core.errors import RunError
-from lensmith.data.index import LEDGER_SCHEMA, Index
+from lensmith.data.index import LEDGER, LEDGER_SCHEMA
+from lensmith.data.windows import read_window
 from lensmith.engine.loop import Progress
 from lensmith.recipe.build import Built
 from lensmith.recipe.prepare import Prepared
@@ -109,34 +111,57 @@ def versions(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-Stages = Sequence[tuple[Prepared, dict[int, tuple[str, str]]]]
-"""Of each stage what was prepared, and the samples dropped at load: number -> (reason, detail)."""
+@dataclass(frozen=True)
+class Part:
+    """A stage as ledger and summary see it: what was prepared, the samples dropped at load (origin -> reason, detail),
+    and the folder of a stream's windows with the last one in use."""
+
+    prepared: Prepared
+    dropped: dict[str, tuple[str, str]]
+    counts: dict[str, Any]
+    windows: Sequence[Path] = ()
 
 
-def write_ledger(path: Path, stages: Stages) -> None:
+def write_ledger(path: Path, parts: Sequence[Part]) -> None:
     """One row per sample read: `train`, `drop`, or `held_out` for what `data.holdout` took. Samples dropped at load
     have the verdict `drop` and the reason `LOAD_...`. In a curriculum the source is `STAGE/SOURCE`."""
     temporary = path.with_name(f".{path.name}.tmp")
     with pq.ParquetWriter(temporary, LEDGER_SCHEMA) as out:
-        for prepared, dropped in stages:
-            for batch in _ledger_of(prepared, dropped):
-                out.write_batch(batch)
+        for part in parts:
+            for batch in _streamed(part) if part.prepared.stream else _indexed(part):
+                out.write_batch(_named(batch, part.prepared.located.stage_name))
     temporary.replace(path)
 
 
-def _ledger_of(prepared: Prepared, dropped: dict[int, tuple[str, str]]) -> Iterator[pa.RecordBatch]:
+def _indexed(part: Part) -> Iterator[pa.RecordBatch]:
+    prepared, begin = part.prepared, 0
     held = prepared.held.keep if prepared.held is not None and not prepared.located.run.data.eval else None
-    changed = {int(prepared.train.trainable[n]): said for n, said in dropped.items()}
-    begin = 0
+    numbers = prepared.train.numbers_of(part.dropped)
+    changed = {int(prepared.train.trainable[n]): part.dropped[origin] for origin, n in numbers.items()}
     for batch in prepared.read.ledger():
         own = range(begin, begin + len(batch))
         gone = {row - begin: changed[row] for row in changed if row in own}
-        settled = _settled(batch, None if held is None else held[begin : own.stop], gone)
-        if prepared.located.stage_name:
-            names = [f"{prepared.located.stage_name}/{name}" for name in settled["source"].to_pylist()]
-            settled = settled.set_column(0, "source", pa.array(names, pa.string()))
-        yield settled
+        yield _settled(batch, None if held is None else held[begin : own.stop], gone)
         begin = own.stop
+
+
+def _streamed(part: Part) -> Iterator[pa.RecordBatch]:
+    assert part.prepared.stream is not None
+    names = pa.array([f.source for f in part.prepared.stream.loader.files])
+    for folder in part.windows:
+        table = read_window(folder)
+        columns = [names.take(table["file"].combine_chunks()), *(table[n].combine_chunks() for n in LEDGER)]
+        batch = pa.RecordBatch.from_arrays(columns, schema=LEDGER_SCHEMA)
+        origins = table["origin"].to_pylist() if part.dropped else []
+        yield _settled(batch, None, {i: part.dropped[o] for i, o in enumerate(origins) if o in part.dropped})
+
+
+def _named(batch: pa.RecordBatch, stage: str) -> pa.RecordBatch:
+    if not stage:
+        return batch
+    return batch.set_column(
+        0, "source", pa.array([f"{stage}/{name}" for name in batch["source"].to_pylist()], pa.string())
+    )
 
 
 def _settled(batch: pa.RecordBatch, held: np.ndarray | None, gone: dict[int, tuple[str, str]]) -> pa.RecordBatch:
@@ -174,11 +199,10 @@ def losses(metrics: Path) -> list[float | None]:
     return [r["loss"] for r in read_metrics(metrics) if r.get("kind") == "step"]
 
 
-def dropped(metrics: Path, train: Index, stage: str) -> dict[int, tuple[str, str]]:
-    """Samples of a stage dropped at load so far, by number, for a resumed run."""
+def dropped(metrics: Path, stage: str) -> dict[str, tuple[str, str]]:
+    """Samples of a stage dropped at load so far, by origin, for a resumed run."""
     events = [r for r in read_metrics(metrics) if r.get("name") == "dropped" and r.get("stage", "") == stage]
-    found = {r["origin"]: (r["reason"], r["detail"]) for r in events}
-    return {number: found[origin] for origin, number in train.numbers_of(found).items()}
+    return {r["origin"]: (r["reason"], r["detail"]) for r in events}
 
 
 def best_step(
@@ -200,7 +224,7 @@ def best_step(
 
 
 def summary(
-    stages: Stages,
+    parts: Sequence[Part],
     built: Built,
     p: Progress,
     loss_list: list[float | None],
@@ -212,24 +236,24 @@ def summary(
     """The stable machine-readable outcome of a run; every key is described in docs/run_folder.md. `built` and `p` are
     those of the last stage."""
     steps = [r for r in read_metrics(metrics) if r.get("kind") == "step"]
-    each = [_samples(prepared, dropped) for prepared, dropped in stages]
+    each = [_samples(part) for part in parts]
     samples: dict[str, Any] = {key: sum(s[key] for s in each) for key in ("read", "train", "dropped", "held_out")}
     samples["by_reason"] = dict(sum((Counter(s["by_reason"]) for s in each), Counter[str]()))
     assert samples["read"] == samples["train"] + samples["dropped"] + samples["held_out"]
-    names = [prepared.located.stage_name for prepared, _ in stages]
+    names = [part.prepared.located.stage_name for part in parts]
     several = [
         {"name": name, "steps": sum(r.get("stage") == name for r in steps), "samples": s}
         for name, s in zip(names, each, strict=True)
         if name
     ]
-    prepared = stages[0][0]
+    prepared = parts[0].prepared
     return {
         "schema": 1,
         "name": prepared.located.name,
         "outcome": "finished",
         "samples": samples,
         "stages": several,
-        "sources": by_source(stages, steps),
+        "sources": by_source(parts, steps),
         "balance": balance(steps),
         "steps": len(steps),
         "applied_steps": sum(bool(r["applied"]) for r in steps),
@@ -252,23 +276,23 @@ def summary(
     }
 
 
-def _samples(prepared: Prepared, dropped: dict[int, tuple[str, str]]) -> dict[str, Any]:
-    counts = prepared.read.counts()
-    held = counts["train"] - len(prepared.train.trainable)
-    at_load = Counter(f"LOAD_{reason}" for reason, _ in dropped.values())
+def _samples(part: Part) -> dict[str, Any]:
+    counts, prepared = part.counts, part.prepared
+    held = 0 if prepared.stream is not None else counts["train"] - len(prepared.train.trainable)
+    at_load = Counter(f"LOAD_{reason}" for reason, _ in part.dropped.values())
     return {
         "read": counts["read"],
-        "train": counts["train"] - len(dropped) - held,
-        "dropped": counts["dropped"] + len(dropped),
+        "train": counts["train"] - len(part.dropped) - held,
+        "dropped": counts["dropped"] + len(part.dropped),
         "held_out": held,
         "by_reason": {**counts["by_reason"], **at_load},
     }
 
 
-def by_source(stages: Stages, steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def by_source(parts: Sequence[Part], steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was trained of each source: samples, tokens, passes over it, mean loss of the first and last tenth."""
     found: list[dict[str, Any]] = []
-    for prepared, _ in stages:
+    for prepared in (part.prepared for part in parts):
         stage = prepared.located.stage_name
         own = [r["sources"] for r in steps if r.get("stage", "") == stage and r.get("applied")]
         for name, size in zip(prepared.train.sources, prepared.train.source_sizes, strict=True):
@@ -278,7 +302,7 @@ def by_source(stages: Stages, steps: Sequence[dict[str, Any]]) -> list[dict[str,
             found.append({
                 **({"stage": stage} if stage else {}), "source": name, "samples": samples,
                 "tokens": sum(s["tokens"] for s in mine), "supervised": sum(s["supervised"] for s in mine),
-                "passes": round(samples / size, 4) if size else 0.0,
+                "passes": round(samples / size, 4) if size else None,
                 "loss_first": _mean_loss(mine[:tenth]), "loss_last": _mean_loss(mine[-tenth:]),
             })  # fmt: skip
     return found

@@ -21,6 +21,7 @@ from lensmith.model import precision
 from lensmith.model.load import base_dtype
 from lensmith.recipe.build import device_of
 from lensmith.recipe.prepare import Prepared
+from lensmith.recipe.stream import stream_identity
 
 REMEDY = {
     "data": "the training data changed since the checkpoint: restore it, or start in a new output folder",
@@ -35,13 +36,20 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     digests = prepared.train.column("digest")
     config = prepared.model_folder / "config.json"
     resolved = precision.plan(run.precision, device_of(run), base_dtype(prepared.model_folder))
-    return {
+    data = {
         "data": _hash(digests),
         "trained tokens": _hash(prepared.train.column("supervised")),
         "num_samples": len(digests),
         "source weights": [f.weight for f in prepared.train.spec.files],
+    }
+    stage = prepared.located.stage
+    return {
+        "stage.name": prepared.located.stage_name,
+        "stage.optimizer_state": stage.optimizer_state if stage is not None else None,
+        **(data if prepared.stream is None else stream_identity(prepared.stream)),
         "data.mixture": run.data.mixture.model_dump(mode="json"),
-        "mixture weights": list(prepared.mixture.weights) if prepared.mixture else None,
+        "mixture weights": list(prepared.mixture.weights) if prepared.stream is None and prepared.mixture else None,
+        "mixture caps": list(prepared.mixture.caps) if prepared.stream is None and prepared.mixture else None,
         "data.documents": run.data.documents.model_dump(mode="json"),
         "train.seed": run.train.seed,
         "train.clip_norm": run.train.clip_norm,
@@ -57,9 +65,18 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "base_weights": sampled_weights(prepared.model_folder),
         "tokenizer": _hash(prepared.train.spec.tokenizer_json.encode()),
         "pixels": repr(prepared.family.pixels),
+        "video": repr(getattr(prepared.family, "video", None)),
         "data.max_tokens": run.data.max_tokens,
         "data.too_long": run.data.too_long,
     }
+
+
+def identity_of_done(prepared: Prepared, number: int) -> dict[str, Any]:
+    """Fields of a stage that is done, which must not change any more: its length is one of them. The weights that it
+    began from were made by the stage before, and are looked at only in the first."""
+    train = prepared.located.run.train
+    found = identity(prepared) | {"train.epochs": train.epochs, "train.max_steps": train.max_steps}
+    return {k: v for k, v in found.items() if not number or not k.startswith("base_")}
 
 
 def _hash(data: bytes | np.ndarray) -> str:
@@ -81,10 +98,10 @@ def sampled_weights(folder: Path) -> str:
     return h.hexdigest()
 
 
-def check_identity(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
+def check_identity(saved: dict[str, Any], now: dict[str, Any], where: str, what: str = "the checkpoint's") -> None:
     """Raises `RunError` RESUME naming each field that differs, with both values."""
     differ = [k for k in now if k in saved and saved[k] != now[k]]
     if differ:
         lines = "\n".join(f"  {k}: checkpoint {saved[k]}, now {now[k]}" for k in differ)
         remedy = REMEDY.get(differ[0], "put these back as they were, or start in a new output folder (output: ...)")
-        raise RunError("RESUME", f"the run file differs from the checkpoint's:\n{lines}", where=where, remedy=remedy)
+        raise RunError("RESUME", f"the run file differs from {what}:\n{lines}", where=where, remedy=remedy)

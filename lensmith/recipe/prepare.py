@@ -13,7 +13,7 @@ import numpy as np
 from lensmith.core.errors import ConfigError, DataError
 from lensmith.data.encode import DocumentRules
 from lensmith.data.holdout import hold_out, seen_in_training
-from lensmith.data.index import Index
+from lensmith.data.index import SCHEMA, Index
 from lensmith.data.index_build import build_index
 from lensmith.data.load import LoaderSpec, SourceFile
 from lensmith.data.mixture import Mixture, caps_of, shares_of
@@ -22,9 +22,11 @@ from lensmith.data.placement import Limits
 from lensmith.data.plan import Plan
 from lensmith.data.readers import expand, expand_remote, fetch, is_hub, is_remote, mask, pin_revision
 from lensmith.data.tokenizer import TextTokenizer, with_tokens
+from lensmith.data.windows import StreamSpec
 from lensmith.family.registry import load_family
 from lensmith.model.source import resolve
 from lensmith.recipe.run import Located
+from lensmith.recipe.stream import stream_spec
 from lensmith.report.terminal import Terminal
 
 
@@ -39,6 +41,8 @@ class Prepared:
     train: Index
     held: Index | None
     notes: tuple[str, ...]
+    stream: StreamSpec | None = None
+    """The training data where it is read without an index; `read` and `train` are empty then."""
     has_added_tokens: bool = False
     """The model comes from a stage before, which gave `model.add_tokens` their rows."""
 
@@ -85,24 +89,33 @@ def prepare(located: Located, terminal: Terminal) -> Prepared:
     run = located.run
     folder = resolve(run.model, located.folder)
     family = load_family(
-        folder, min_pixels=run.data.min_pixels, max_pixels=run.data.max_pixels, check=run.model.template == "check"
+        folder,
+        min_pixels=run.data.min_pixels,
+        max_pixels=run.data.max_pixels,
+        check=run.model.template == "check",
+        video=run.data.video,
     )
     tokenizer_json = with_tokens(tokenizer_text(folder), run.model.add_tokens)
     cache = cache_folder(run.data, located.folder)
-    read = _index(located, run.data.train, family, tokenizer_json, cache, terminal, "training data")
+    stream = None
+    if run.data.stream is not None:
+        stream = stream_spec(located, _loader_spec(located, (), family, tokenizer_json))
+        read = Index(tuple(SCHEMA.empty_table() for _ in stream.loader.files), stream.loader)
+    else:
+        read = _index(located, run.data.train, family, tokenizer_json, cache, terminal, "training data")
     train, held = read, None
     if run.data.eval:
         held = _index(located, run.data.eval, family, tokenizer_json, cache, terminal, "held-out data")
     elif run.data.holdout > 0:
         train, held = hold_out(read, run.data.holdout, run.train.seed)
-    notes = list(_check_counts(run.data, read, train))
+    notes = list(_check_counts(run.data, read, train)) if stream is None else []
     if held is not None and not len(held.trainable):
         raise DataError("NO_ROWS", "no held-out sample can be used", remedy="look at the ledger; raise data.holdout")
     if held is not None and (both := seen_in_training(train, held)):
         notes.append(f"{both} of {len(held.trainable)} held-out samples stand in the training data too (EVAL_IN_TRAIN)")
     for note in notes:
         terminal.warning(note)
-    return Prepared(located, folder, family, read, train, held, tuple(notes))
+    return Prepared(located, folder, family, read, train, held, tuple(notes), stream)
 
 
 def tokenizer_text(folder: Path) -> str:
@@ -129,19 +142,8 @@ def _index(
     terminal: Terminal,
     what: str,
 ) -> Index:
-    data = located.run.data
-    spec = LoaderSpec(
-        files=source_files(sources, located.folder, cache, terminal),
-        family=family,
-        tokenizer_json=tokenizer_json,
-        roots=tuple(_roots(data, located.folder)),
-        limits=data.image,
-        max_tokens=data.max_tokens,
-        too_long=data.too_long,
-        max_row_bytes=data.max_row_bytes,
-        text_tokens=located.run.model.add_tokens,
-        documents=DocumentRules(data.documents.too_long, data.documents.overlap),
-    )
+    files = source_files(sources, located.folder, cache, terminal)
+    spec = _loader_spec(located, files, family, tokenizer_json)
     with terminal.progress(f"Indexing {what}", None) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -160,9 +162,24 @@ def _index(
     return index
 
 
-def source_files(
-    sources: tuple[Source, ...], folder: Path, cache: Path, terminal: Terminal
-) -> tuple[SourceFile, ...]:
+def _loader_spec(located: Located, files: tuple[SourceFile, ...], family: Any, tokenizer_json: str) -> LoaderSpec:
+    data = located.run.data
+    return LoaderSpec(
+        files=files,
+        family=family,
+        tokenizer_json=tokenizer_json,
+        roots=tuple(_roots(data, located.folder)),
+        limits=data.image,
+        max_tokens=data.max_tokens,
+        too_long=data.too_long,
+        max_row_bytes=data.max_row_bytes,
+        text_tokens=located.run.model.add_tokens,
+        documents=DocumentRules(data.documents.too_long, data.documents.overlap),
+        videos=data.video,
+    )
+
+
+def source_files(sources: tuple[Source, ...], folder: Path, cache: Path, terminal: Terminal) -> tuple[SourceFile, ...]:
     """The data files of each source. Remote ones are copied into the cache, once."""
     found: list[SourceFile] = []
     names: set[str] = set()
@@ -194,9 +211,7 @@ def _files_of(source: Source, folder: Path, cache: Path, terminal: Terminal) -> 
     if is_hub(source.path):
         return [_File(source.path, source.path, elsewhere, pin_revision(source.path, source.revision))]
     if is_remote(source.path):
-        return [
-            _File(str(_fetched(url, cache, terminal)), mask(url), elsewhere) for url in expand_remote(source.path)
-        ]
+        return [_File(str(_fetched(url, cache, terminal)), mask(url), elsewhere) for url in expand_remote(source.path)]
     return [
         _File(
             str(path),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +13,8 @@ from pydantic import Field, model_validator
 from lensmith.config.build import apply_overrides, build, merged, without
 from lensmith.config.part import Part
 from lensmith.config.yaml_file import Tree, dump, read_tree
-from lensmith.core.errors import ConfigError
-from lensmith.data.options import Batch, Data
+from lensmith.core.errors import ConfigError, UserError
+from lensmith.data.options import Batch, Data, Shares, Temperature
 from lensmith.engine.options import AdamW, Cosine, Optimizer, Save, Schedule, Train
 from lensmith.evaluate.options import Evaluate
 from lensmith.model.options import Lora, Model, Precision, Tune, VisionCache
@@ -120,6 +121,8 @@ class Run(Part):
         if d.documents.overlap > d.max_tokens // 2:
             problem = f"data.documents.overlap {d.documents.overlap} is over half of data.max_tokens {d.max_tokens}"
             raise ConfigError("CONFIG", problem, remedy="lower it: each piece must bring something new")
+        if d.stream is not None:
+            self._streams()
         held = bool(d.eval) or d.holdout > 0
         if not held and (
             self.evaluate.every_steps or self.evaluate.generate or self.train.early_stop or self.save.keep_best
@@ -133,6 +136,20 @@ class Run(Part):
             if metric is not None:
                 self._measured(key, metric if isinstance(metric, str) else metric.metric)
         return self
+
+    def _streams(self) -> None:
+        """What needs the whole of the data cannot be had of a stream."""
+        d = self.data
+        refused = {
+            "train.max_steps is not set": self.train.max_steps is None,
+            "data.holdout is set (name data.eval instead)": d.holdout > 0,
+            "data.mixture counts samples of whole sources": isinstance(d.mixture, Temperature)
+            or (isinstance(d.mixture, Shares) and d.mixture.by == "tokens"),
+            "batch.partial is not carry": self.batch.partial != "carry",
+        }
+        for problem, found in refused.items():
+            if found:
+                raise ConfigError("CONFIG", f"data.stream reads without an index, but {problem}")
 
     def _measured(self, key: str, metric: str) -> None:
         """A metric that decides something must be measured while training goes on."""
@@ -181,6 +198,25 @@ class Located:
     def stage_name(self) -> str:
         """Empty for a run without stages."""
         return self.stage.name if self.stage is not None else ""
+
+    def stage_named(self, name: str) -> Located:
+        """A stage of a curriculum. Raises `ConfigError` STAGE."""
+        names = [stage.stage_name for stage in self.stages if stage.stage is not None]
+        if name not in names:
+            remedy = f"stages: {', '.join(names)}" if names else "this run has no stages"
+            raise ConfigError("STAGE", f"there is no stage {name!r}", remedy=remedy)
+        return self.stages[names.index(name)]
+
+    @contextmanager
+    def saying_which(self) -> Iterator[None]:
+        """Errors that are raised meanwhile name the stage."""
+        try:
+            yield
+        except UserError as error:
+            if not self.stage_name:
+                raise
+            message = f"stage {self.stage_name!r}: {error.message}"
+            raise type(error)(error.code, message, where=error.where, remedy=error.remedy) from None
 
     def resolved_yaml(self) -> str:
         """The run with every default written out and every path absolute, as kept in the run folder."""
@@ -235,7 +271,7 @@ def from_tree(tree: Tree, file: Path | None, name: str = "run") -> Located:
         raise ConfigError("CONFIG", f"two stages have the name {twice[0]!r}", where=tree.where(("stages",)))
     base = without(tree, ["stages"])
     runs = [
-        build(Run, merged(base, tree, ("stages", number), skip=("name", "optimizer_state")))
+        build(Run, merged(Run, base, tree, ("stages", number), skip=("name", "optimizer_state")))
         for number in range(len(listed))
     ]
     return Located(runs[0], file, name, list(zip(listed, runs, strict=True)))

@@ -8,15 +8,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lensmith.checkpoint.store import Published, Store, verify, write_atomically
+from lensmith.checkpoint.store import Damaged, Published, Store, verify, write_atomically
 from lensmith.core.errors import RunError
+from lensmith.engine.loop import score
 from lensmith.model.options import Lora
 from lensmith.recipe import folder as run_folder
 from lensmith.recipe.build import set_threads
 from lensmith.recipe.export import export
-from lensmith.recipe.prepare import prepare
+from lensmith.recipe.identity import check_identity, identity_of_done
+from lensmith.recipe.prepare import Prepared, prepare, require_steps
 from lensmith.recipe.run import Located
 from lensmith.recipe.stage import StageRun, Start
+from lensmith.recipe.stream import OpenStream
 from lensmith.recipe.train import Clock
 from lensmith.report.metrics import MetricsWriter
 from lensmith.report.page import write_report
@@ -41,6 +44,8 @@ class Session:
         self.done: list[StageRun] = []
         self.borders: list[int] = []
         """Steps of the last checkpoints of the stages before: the next stage's weights, never deleted."""
+        self.settled: list[dict[str, Any]] = []
+        """What the stages before were; every checkpoint keeps it."""
 
     def __enter__(self) -> Session:
         for sink in self.run_file.log.sinks:
@@ -62,25 +67,36 @@ class Session:
         return len(self.located.stages)
 
     def run(self) -> dict[str, Any]:
-        threads = set_threads(self.run_file)
         self.clock.lap("startup")
-        self.prepared = [prepare(stage, self.terminal) for stage in self.located.stages]
+        self.prepared: list[Prepared] = []
+        for located in self.located.stages:
+            with located.saying_which():
+                self.prepared.append(prepare(located, self.terminal))
         self.clock.lap("index")
         self.store.clean()
         start = self._start()
+        self._require_steps()
         for number in range(self._number, self.num_stages):
-            stage = StageRun(self, number, self.prepared[number], start)
-            stage.begin()
-            if not self.done:
-                self._open_folder(stage)
-            self.done.append(stage)
-            self._write_about(stage)
-            stage.say_start(threads)
-            stage.train()
-            if number + 1 < self.num_stages:
-                start = self._cross(stage)
+            with self.located.stages[number].saying_which():
+                start = self._run_stage(number, start)
         self._finish()
         return self.summary
+
+    def _run_stage(self, number: int, start: Start) -> Start:
+        """Where the next stage begins; of the last one of no meaning."""
+        stage = StageRun(self, number, self.prepared[number], start)
+        threads = set_threads(stage.run_file)
+        stage.begin()
+        if not self.done:
+            self._open_folder(stage)
+        self.done.append(stage)
+        self._write_about(stage)
+        stage.say_start(threads)
+        stage.train()
+        if number + 1 == self.num_stages:
+            return start
+        stage.release()
+        return self._cross(stage)
 
     # -- stages -------------------------------------------------------------------------------------------------
 
@@ -90,33 +106,66 @@ class Session:
         self._number = 0 if newest is None else int(newest.manifest.get("stage", 0))
         if newest is None:
             return Start()
+        about = newest.manifest
+        self.borders, self.settled = list(about.get("borders", [])), list(about.get("settled", []))
+        for number, (settled, prepared) in enumerate(zip(self.settled, self.prepared, strict=False)):
+            what = f"stage {settled['stage.name']!r}, which is done"
+            check_identity(settled, identity_of_done(prepared, number), str(newest.folder), what)
         if self._number >= self.num_stages:
             raise RunError("RESUME", f"the checkpoint is of stage {self._number + 1}; the run file has "
                            f"{self.num_stages}", where=str(newest.folder),
                            remedy="put the stages back, or start in a new output folder")  # fmt: skip
-        about = newest.manifest
-        self.borders = list(about.get("borders", []))
+        if (base := about.get("base")) is not None:
+            self._verify_base(base)
         return Start(about.get("first_step", 0), about.get("base"), resume=newest)
+
+    def _verify_base(self, base: str) -> None:
+        """The model folder that a stage began from is as it was."""
+        folder, remedy = self.output / base, "restore it, or start in a new output folder (output: ...)"
+        if not (folder / "config.json").is_file():
+            raise RunError("DAMAGED", "the model that this stage began from is gone", where=str(folder), remedy=remedy)
+        if folder.parent.parent == self.store.folder:
+            try:
+                verify(folder.parent)
+            except Damaged as error:
+                raise RunError("DAMAGED", f"this stage began from it: {error}", remedy=remedy) from None
+
+    def _require_steps(self) -> None:
+        """A stage without a step is an error before the first one trains, not after days."""
+        for prepared in self.prepared[self._number + 1 :]:
+            if prepared.stream is not None:
+                continue
+            with prepared.located.saying_which():
+                require_steps(prepared, prepared.plan.num_steps())
 
     def _cross(self, stage: StageRun) -> Start:
         """The border behind a stage: its last checkpoint, and the model folder that the next stage begins from."""
-        border = verify(self.store.path(self.store.steps()[-1]))
+        border = verify(self.store.path(stage.start.first_step + stage.progress.step))
         self.borders = [*self.borders, border.step]
-        following = self.located.stages[stage.number + 1].run.tune
-        base = f"checkpoints/{border.folder.name}/model"
-        if isinstance(stage.run_file.tune, Lora):
-            same = following == stage.run_file.tune
-            base = stage.start.base if same else self._merged(border, stage)
-        return Start(border.step, base, border=border)
+        self.settled = [*self.settled, identity_of_done(stage.prepared, stage.number)]
+        tune, following = stage.run_file.tune, self.located.stages[stage.number + 1].run.tune
+        if not isinstance(tune, Lora):
+            return Start(border.step, f"checkpoints/{border.folder.name}/model", border=border)
+        if following == tune:
+            return Start(border.step, stage.start.base, border=border)
+        return Start(border.step, self._merged(border, stage))
 
     def _merged(self, border: Published, stage: StageRun) -> str:
-        """The adapter of a stage merged into its base, where the next stage trains something else."""
+        """The adapter of a stage merged into its base, where the next stage trains something else. One that is there
+        already is of a crossing that came to nothing, or of an earlier end of the stage."""
         folder = self.output / "stages" / f"{stage.number + 1}-{stage.name}"
-        if not folder.exists():
-            folder.parent.mkdir(exist_ok=True)
-            export(border.folder, folder, base=str(stage.prepared.model_folder), merge=True, dtype=None,
-                   shard_gb=stage.run_file.save.shard_gb, terminal=self.terminal)  # fmt: skip
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(exist_ok=True)
+        export(border.folder, folder, base=str(stage.prepared.model_folder), merge=True, dtype=None,
+               shard_gb=stage.run_file.save.shard_gb, terminal=self.terminal)  # fmt: skip
         return str(folder.relative_to(self.output))
+
+    def best_steps(self) -> set[int]:
+        """The checkpoints that `save.keep_best` of each stage keeps."""
+        found: set[int] = set()
+        for number, located in enumerate(self.located.stages):
+            found |= run_folder.best_step(self.store, located.run.save.keep_best, score, number)
+        return found
 
     # -- the run folder -----------------------------------------------------------------------------------------
 
@@ -154,33 +203,42 @@ class Session:
 
     def write_ledger(self) -> None:
         """The rows of every stage, with what was dropped at load so far."""
-        parts = [(p, self._dropped_in(number)) for number, p in enumerate(self.prepared)]
-        run_folder.write_ledger(self.output / "ledger.parquet", parts)
+        run_folder.write_ledger(self.output / "ledger.parquet", self._parts())
 
-    def _dropped_in(self, number: int) -> dict[int, tuple[str, str]]:
+    def _parts(self) -> list[run_folder.Part]:
+        return [self._part(number, prepared) for number, prepared in enumerate(self.prepared)]
+
+    def _part(self, number: int, prepared: Prepared) -> run_folder.Part:
         stage = next((s for s in self.done if s.number == number), None)
-        if stage is not None:
-            return stage.dropped or run_folder.dropped(self.metrics.path, stage.prepared.train, stage.name)
-        prepared = self.prepared[number]
-        return run_folder.dropped(self.metrics.path, prepared.train, prepared.located.stage_name)
+        dropped = (stage and stage.dropped) or run_folder.dropped(self.metrics.path, prepared.located.stage_name)
+        if prepared.stream is None:
+            return run_folder.Part(prepared, dropped, prepared.read.counts())
+        stream = (stage and stage.stream) or OpenStream(prepared.stream, self.output, number)
+        return run_folder.Part(prepared, dropped, stream.counts(), stream.windows())
 
     def heldout_of(self, stage: str) -> dict[str, Any]:
         """The held-out figures of a stage; of a run without stages, all there are."""
         return self.heldout.setdefault("stages", {}).setdefault(stage, {}) if stage else self.heldout
 
+    def forget_figures(self, number: int) -> None:
+        """A stage goes on: what was measured at its end, and in the stages after it, is void."""
+        of_stages: dict[str, Any] = self.heldout.get("stages", {})
+        of_stages.get(self.located.stages[number].stage_name, self.heldout).pop("after", None)
+        for later in self.located.stages[number + 1 :]:
+            of_stages.pop(later.stage_name, None)
+
     # -- the end ------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        if self.num_stages > 1:  # the figures of the last stage are those of the run
+        if self.located.stages[-1].stage_name:  # the figures of the last stage are those of the run
             self.heldout |= self.heldout_of(self.located.stages[-1].stage_name)
         self.write_ledger()
         self._close_sinks()
         newest = self.store.steps()
         if not newest:
             raise RunError("SAVE", "the run ended without a checkpoint", where=str(self.output))
-        parts = [(p, self._dropped_in(number)) for number, p in enumerate(self.prepared)]
         self.summary = run_folder.summary(
-            parts, self.done[-1].built, self.done[-1].progress, self.losses, self.metrics.path, self.heldout,
+            self._parts(), self.done[-1].built, self.done[-1].progress, self.losses, self.metrics.path, self.heldout,
             str(self.store.path(newest[-1])), self.clock,
         )  # fmt: skip
         if self.dry_run:

@@ -53,6 +53,7 @@ def _record(origin: str, encoded: Encoded, loader: Loader) -> dict[str, Any]:
         "images": [
             {
                 "path": b.image.path,
+                "frames": list(b.frames),
                 "width": b.width,
                 "height": b.height,
                 "grid": list(b.grid_thw),
@@ -122,7 +123,10 @@ def _patch_grid(prepared: Prepared, loader: Loader, file: int, block: Any, origi
     if columns // merge > widest:
         return None
     try:
-        decoded = loader.patches(loader.bytes_of(file, block.image, origin), block)
+        if block.frames:  # the first frame
+            decoded = loader.video_patches(file, [block], origin)[0][: rows * columns]
+        else:
+            decoded = loader.patches(loader.bytes_of(file, block.image, origin), block)
     except Drop as drop:
         return Text(f"[this picture does not decode: {drop}]", style="red")
     patches = decoded.reshape(rows // merge, columns // merge, merge * merge, 3, -1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +18,9 @@ import torch
 from lensmith.checkpoint.export import write_adapter, write_model
 from lensmith.checkpoint.store import Published, write_atomically
 from lensmith.core.errors import DataError
-from lensmith.data.pipeline import Pipeline, no_picture_known
-from lensmith.engine.loop import Callbacks, Loop, Progress, score
+from lensmith.data.pipeline import Pipeline, StepRows, no_picture_known
+from lensmith.data.windows import StreamPipeline
+from lensmith.engine.loop import Callbacks, Loop, Progress
 from lensmith.engine.state import carry_state, read_state, write_state
 from lensmith.engine.step import StepResult
 from lensmith.model.options import Lora
@@ -27,6 +30,7 @@ from lensmith.recipe.build import build, data_workers
 from lensmith.recipe.held_out import HeldOut
 from lensmith.recipe.identity import check_identity, identity
 from lensmith.recipe.prepare import Prepared, require_steps
+from lensmith.recipe.stream import OpenStream
 from lensmith.recipe.train import peak_rss_bytes
 from lensmith.report.tables import what_trains
 
@@ -84,7 +88,9 @@ class StageRun:
         self.prepared = prepared if base is None else replace(prepared, model_folder=base, has_added_tokens=True)
         self.run_file = prepared.located.run
         self.name = prepared.located.stage_name
-        self.dropped: dict[int, tuple[str, str]] = {}
+        self.dropped: dict[str, tuple[str, str]] = {}
+        """Origin -> reason and detail of samples dropped at load."""
+        self.stream = None if prepared.stream is None else OpenStream(prepared.stream, self.output, number)
         self.fill: list[float] = []
         self.held: HeldOut | None = None
 
@@ -99,12 +105,19 @@ class StageRun:
         with self.terminal.progress(f"Loading {self.prepared.model_folder.name}", None, counted=False):
             self.built = build(self.prepared, carried=self._carried)
         self.progress = read_state(resume.folder / "state", self.built.optimizer) if resume else Progress()
-        self.total = self.prepared.plan.num_steps(self.progress.step, self.progress.cursor)
-        require_steps(self.prepared, self.total)
+        self.total = self._num_steps()
         cache, mode = self.built.root.cache, self.built.root.vision_mode
-        self.warmed = cache is not None and warm_pays(self.prepared, mode, cache)
+        self.warmed = cache is not None and self.stream is None and warm_pays(self.prepared, mode, cache)
         if resume is not None:  # what paid at the start decides: a longer run must go on with the same bits
             self.warmed = self.warmed and bool(resume.manifest.get("warmed", True))
+
+    def _num_steps(self) -> int:
+        if self.stream is not None:
+            self.stream.go_on(self.progress.stream)
+            return max(self.progress.step, self.run_file.train.max_steps or 0)
+        total = self.prepared.plan.num_steps(self.progress.step, self.progress.cursor)
+        require_steps(self.prepared, total)
+        return total
 
     @property
     def _carried(self) -> Callable[[Any], None] | None:
@@ -144,18 +157,16 @@ class StageRun:
 
     def train(self) -> None:
         run, root, progress = self.run_file, self.built.root, self.progress
-        self.dropped = run_folder.dropped(self.session.metrics.path, self.prepared.train, self.name)
+        self.dropped = run_folder.dropped(self.session.metrics.path, self.name)
         self.held = HeldOut(self.prepared, self.built, self.output, self.terminal) if self.prepared.held else None
         self.clock.lap("startup")
-        cache = root.cache
-        self.pipeline = Pipeline(
-            self.prepared.train, self.prepared.plan, self.prepared.limits, workers=data_workers(run),
-            known=no_picture_known if cache is None else cache.known,
-        )  # fmt: skip
+        self.pipeline, all_steps = self._pipeline()
         dry_run = self.session.dry_run
         if self.total > progress.step or (self.held is not None and "after" not in self.heldout):
             self._warm()
-        if self.held is not None and progress.step == 0 and run.evaluate.before and not dry_run:
+        # figures that are known already are of an attempt that ended before this stage's first checkpoint
+        before = self.held is not None and run.evaluate.before and "before" not in self.heldout
+        if self.held is not None and progress.step == 0 and before and not dry_run:
             self._record_eval(progress, self.held.measure("before"))
         self.clock.lap("evaluate")
         loop = Loop(
@@ -166,16 +177,31 @@ class StageRun:
         )  # fmt: skip
         remaining = self.total - progress.step
         with self.terminal.progress(f"Training {self.name}".strip(), remaining) as self.bar:
-            steps = self.pipeline.steps(progress.step, progress.cursor)
-            if dry_run:
-                steps = (s for s in [next(steps)])
-            if remaining > 0:  # figures of an earlier end are void: the run was made longer, or fell back
-                self.heldout.pop("after", None)
+            steps = islice(all_steps, 1 if dry_run else remaining)
+            if remaining > 0 and not loop.is_over:  # the run was made longer, or fell back
+                self.session.forget_figures(self.number)
             loop.run(steps)
         self.clock.lap("train")
         if self.held is not None and not dry_run and "after" not in self.heldout:
             self._record_eval(progress, self.held.measure("after"))
         self.clock.lap("evaluate")
+
+    def _pipeline(self) -> tuple[Any, Iterator[StepRows]]:
+        """What reads rows, and the steps from here on."""
+        cache, workers = self.built.root.cache, data_workers(self.run_file)
+        known, p = no_picture_known if cache is None else cache.known, self.progress
+        if self.stream is not None:
+            stream = StreamPipeline(self.stream.spec, self.prepared.limits, workers=workers, known=known)
+            return stream, stream.steps(p.step, p.stream)
+        planned = Pipeline(self.prepared.train, self.prepared.plan, self.prepared.limits, workers=workers, known=known)
+        return planned, planned.steps(p.step, p.cursor)
+
+    def release(self) -> None:
+        """Let go of model and optimizer: the next stage makes its own, and both would not fit a GPU."""
+        del self.built, self.held, self.pipeline
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @property
     def heldout(self) -> dict[str, Any]:
@@ -210,7 +236,7 @@ class StageRun:
 
     def _log(self, p: Progress, data: Any, result: StepResult, seconds: float) -> None:
         if not result.applied and not result.empty:
-            origins = self.prepared.train.origins(data.step.members[:8].tolist())
+            origins = data.index.origins(data.step.members[:8].tolist())
             self.terminal.warning(
                 f"step {self._at(p)}: loss {result.loss}, gradient norm {result.grad_norm}; not applied. "
                 f"Samples: {', '.join(origins)} ..."
@@ -239,11 +265,11 @@ class StageRun:
         if every and p.step % every == 0:
             shown = {k: record[k] for k in ("step", "epoch", "loss", "grad_norm", "tokens_per_second")}
             self.terminal.event("step", **shown)
-        self._check_dropped()
+        self._check_dropped(data)
 
     def _by_source(self, data: Any, result: StepResult) -> dict[str, dict[str, Any]]:
         """Of each source in the step: samples, tokens, supervised tokens and their mean loss (unweighted)."""
-        train = self.prepared.train
+        train = data.index
         gone = {number for number, _, _ in data.dropped}
         members = np.array([m for m in data.step.members.tolist() if m not in gone], np.int64)
         sources, tokens = train.column("source")[members], train.column("tokens")[members]
@@ -259,24 +285,33 @@ class StageRun:
 
     def _note_dropped(self, p: Progress, data: Any) -> None:
         for number, reason, detail in data.dropped:
-            if number not in self.dropped:
-                origin = self.prepared.train.origin(number)
+            origin = data.index.origin(number)
+            if origin not in self.dropped:
                 self.terminal.warning(f"{origin} is dropped at load: {reason} {detail}")
                 about = {"step": self._at(p), **self._stage, "origin": origin, "reason": reason, "detail": detail}
                 self.session.sinks.write({"kind": "event", "name": "dropped", **about})
-            self.dropped[number] = (reason, detail)
+            self.dropped[origin] = (reason, detail)
 
-    def _check_dropped(self) -> None:
-        """`data.max_dropped` holds for what is dropped at load too."""
-        counts, data = self.prepared.read.counts() if self.dropped else {}, self.run_file.data
-        if not self.dropped or counts["dropped"] + len(self.dropped) <= data.max_dropped * counts["read"]:
+    def counts(self) -> dict[str, Any]:
+        """Of the rows read so far: all of an index, the windows of a stream."""
+        return self.prepared.read.counts() if self.stream is None else self.stream.counts()
+
+    def _check_dropped(self, data: Any) -> None:
+        """`data.max_dropped` holds for what is dropped at load too, and for every window of a stream."""
+        another = self.stream is not None and self.stream.now_in(data.step.stream["window"])
+        if not self.dropped and not another:
             return
+        counts, most = self.counts(), self.run_file.data.max_dropped
         gone = counts["dropped"] + len(self.dropped)
+        if gone <= most * counts["read"]:
+            return
         self.session.write_ledger()
         reasons = Counter(f"LOAD_{reason}" for reason, _ in self.dropped.values())
+        if self.stream is not None:
+            reasons.update(counts["by_reason"])
         said = ", ".join(f"{n} {r}" for r, n in reasons.most_common())
         text = f"{gone} of {counts['read']} rows are dropped, {said} while training; more than data.max_dropped = "
-        raise DataError("TOO_MANY_DROPPED", f"{text}{data.max_dropped}", where=str(self.output / "ledger.parquet"),
+        raise DataError("TOO_MANY_DROPPED", f"{text}{most}", where=str(self.output / "ledger.parquet"),
                         remedy="restore these pictures and run again, or raise data.max_dropped")  # fmt: skip
 
     def _event(self, name: str, fields: dict[str, Any]) -> None:
@@ -319,10 +354,10 @@ class StageRun:
             "first_step": self.start.first_step,
             "base": self.start.base,
             "borders": self.session.borders,
+            "settled": self.session.settled,
         }
         published = self.store.publish(self._at(p), lambda folder: self._write(folder, p), about)
-        keep = run_folder.best_step(self.store, self.run_file.save.keep_best, score, self.number)
-        self.store.purge(self.run_file.save.keep_last, keep | set(self.session.borders))
+        self.store.purge(self.run_file.save.keep_last, self.session.best_steps() | set(self.session.borders))
         self.clock.lap("save")
         about = {"kind": "event", "name": "checkpoint", "step": self._at(p), **self._stage}
         self.session.sinks.write({**about, "path": published.folder.name})

@@ -18,9 +18,10 @@ from lensmith.report.escape import cell_safe, html_safe
 from lensmith.report.run_folder import DROPPED_COLUMNS, Ledger, RunFolder, picture, read_run_folder
 
 MAX_DROPPED, MAX_SAMPLES, MAX_EVENTS = 50, 60, 50
-_APART = ("schema", "name", "outcome", "heldout", "losses")  # shown in their own places, or not for reading
+_APART = {"schema", "name", "outcome", "heldout", "losses", "stages", "sources", "balance"}
+"""What is shown in its own place, or is not for reading."""
 _TONES = {"finished": "good", "stopped": "fair", "failed": "bad"}
-_TEMPLATE = Path(__file__).with_name("page.html.jinja")
+_TEMPLATES = Path(__file__).parent
 
 
 def write_report(run_folder: Path) -> Path:
@@ -31,21 +32,23 @@ def write_report(run_folder: Path) -> Path:
     run = read_run_folder(run_folder)
     figures = plots.figures(run.metrics)
     if "loss" in figures:
-        _replace(run_folder / "loss.png", lambda path: plots.save_png(figures["loss"], path))
+        replaced(run_folder / "loss.png", lambda path: plots.save_png(figures["loss"], path))
     if run.ledger.counts:
-        _replace(run_folder / "dropped.csv", lambda path: _write_dropped(path, run.ledger))
+        replaced(run_folder / "dropped.csv", lambda path: _write_dropped(path, run.ledger))
     curves = [Markup(plots.inline_svg(figure, name)) for name, figure in figures.items()]
-    html = _environment().from_string(_TEMPLATE.read_text("utf-8")).render(_content(run), curves=curves)
+    html = environment().get_template("page.html.jinja").render(_content(run), curves=curves)
     page = run_folder / "report.html"
-    _replace(page, lambda path: path.write_text(html, "utf-8"))
+    replaced(page, lambda path: path.write_text(html, "utf-8"))
     return page
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """For every page of lensmith."""
     # html_safe sees every value first, also where a template forgets the escape filter
     return jinja2.Environment(
-        autoescape=True, finalize=html_safe, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, finalize=html_safe,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
 
 
 def _content(run: RunFolder) -> dict[str, Any]:
@@ -59,8 +62,10 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "outcome": outcome,
         "tone": _TONES.get(outcome, "plain"),
         "cards": _cards(heldout),
-        "figures": tables.key_figures(summary).rows,
-        "heldout": tables.held_out(heldout),
+        "figures": [*tables.key_figures(summary).rows, *tables.balance(run.summary.get("balance") or {})],
+        "stages": tables.stages(run.summary.get("stages") or []),
+        "sources": tables.sources(run.summary.get("sources") or []),
+        "heldout": tables.held_out_stages(heldout) if heldout.get("stages") else tables.held_out(heldout),
         "evaluations": tables.evaluations(run.metrics),
         "ledger": ledger,
         "dropped": tables.Table("First dropped", tuple(n.capitalize() for n in DROPPED_COLUMNS), dropped),
@@ -165,7 +170,8 @@ def _write_dropped(path: Path, ledger: Ledger) -> None:
         writer.writerows([cell_safe(cell) for cell in row] for row in ledger.dropped_rows())
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replaced(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that appears when it is whole."""
     new = path.with_name(path.name + ".tmp")
     write(new)
     os.replace(new, path)

@@ -1,4 +1,4 @@
-"""The curves of a run: loss, learning rate, gradient norm, throughput.
+"""The curves of a run: loss (also source by source), learning rate, gradient norm, throughput.
 
 Figures are made without pyplot and without touching matplotlib's global settings, so that drawing in a library or a
 notebook changes nothing there. Lines are inked in one colour that the page's SVG replaces by its own text colour.
@@ -10,6 +10,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,21 +21,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Records = Sequence[Mapping[str, Any]]
+Borders = Sequence[tuple[float, str]]
+"""Of each stage of a curriculum, half a step before its first, and its name."""
 INK = "#1f2328"
 COLORS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#14b8a6", "#eab308", "#ec4899")
 SIZE_INCHES = (6.4, 3.5)
+STAGE_LENGTH = 18
 MAX_POINTS = 400  # per curve; more cannot be told apart and make the page heavy
 
 
 def figures(records: Records) -> dict[str, Figure]:
-    """The curves that the records hold data for, by name: `loss`, `lr`, `grad_norm`, `throughput`."""
+    """The curves that the records hold data for, by name: `loss`, `sources`, `lr`, `grad_norm`, `throughput`. Of a
+    curriculum each shows where its stages begin."""
     steps = [record for record in records if record["kind"] == "step"]
+    borders = _borders(steps)
     made = {
-        "loss": _loss(steps, [record for record in records if record["kind"] == "eval"]),
-        "lr": _learning_rate(steps),
-        "grad_norm": _gradient_norm(steps),
-        "throughput": _throughput(steps),
+        "loss": _loss(steps, [record for record in records if record["kind"] == "eval"], borders),
+        "sources": _loss_by_source(steps, borders),
+        "lr": _learning_rate(steps, borders),
+        "grad_norm": _gradient_norm(steps, borders),
+        "throughput": _throughput(steps, borders),
     }
+    for figure in made.values():
+        if figure is not None and len(borders) > 1:
+            _mark_stages(figure.axes[0], borders)
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
@@ -64,70 +74,112 @@ def smooth(values: np.ndarray, width: float) -> np.ndarray:
     return np.where(weight > 0, total / np.maximum(weight, 1e-300), np.nan)
 
 
-def _loss(steps: Records, evals: Records) -> Figure | None:
+def _loss(steps: Records, evals: Records, borders: Borders) -> Figure | None:
     x, y = _series(steps, "loss")
     eval_x, eval_y = _series(evals, "loss")
     if not len(x) and not len(eval_x):
         return None
-    figure, axes = _new("Loss", "mean loss per supervised unit")
-    _curve(axes, x, y, COLORS[0], "training")
+    figure, axes = new("Loss", "mean loss per supervised unit")
+    _curve(axes, x, y, COLORS[0], "training", borders)
     if len(eval_x):
         axes.plot(eval_x, eval_y, "o-", color=COLORS[1], linewidth=1.6, markersize=4, label="held out")
     _log_where_wide(axes, y)
     _mark_non_finite(axes, x[~np.isfinite(y)])
-    return _finish(figure, axes)
+    return finish(figure, axes)
 
 
-def _learning_rate(steps: Records) -> Figure | None:
+def _loss_by_source(steps: Records, borders: Borders) -> Figure | None:
+    """The sources with the most supervised tokens, if there are several."""
+    weights: dict[str, int] = {}
+    for record in steps:
+        for name, of_source in (record.get("sources") or {}).items():
+            weights[name] = weights.get(name, 0) + of_source["supervised"]
+    if len(weights) < 2:
+        return None
+    names = sorted(weights, key=lambda name: -weights[name])[: len(COLORS)]
+    title = "Loss by source" + (f" (the {len(names)} largest of {len(weights)})" if len(weights) > len(names) else "")
+    figure, axes = new(title, "mean loss per supervised token")
+    shown: list[np.ndarray] = []
+    for color, name in zip(cycle(len(names)), names, strict=True):
+        found = [(r["step"], r["sources"][name]["loss"]) for r in steps if name in (r.get("sources") or {})]
+        x = np.array([step for step, _ in found], dtype=float)
+        y = np.array([np.nan if value is None else value for _, value in found], dtype=float)
+        _curve(axes, x, y, color, label(name), borders)
+        shown.append(y)
+    _log_where_wide(axes, np.concatenate(shown))
+    return finish(figure, axes)
+
+
+def _borders(steps: Records) -> list[tuple[float, str]]:
+    found: list[tuple[float, str]] = []
+    for record in steps:
+        name = record.get("stage", "")
+        if name and (not found or found[-1][1] != name):
+            found.append((record["step"] - 0.5, name))
+    return found
+
+
+def _mark_stages(axes: Axes, borders: Borders) -> None:
+    for number, (x, name) in enumerate(borders):
+        if number:
+            axes.axvline(x, color=INK, alpha=0.45, linewidth=0.9, linestyle=(0, (4, 3)))
+        text = label(name)
+        text = text if len(text) <= STAGE_LENGTH else text[: STAGE_LENGTH - 2] + ".."
+        axes.annotate(
+            text, (x if number else x + 0.5, 1), (3, -2), xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points", rotation=90, va="top", fontsize=7, color=INK, alpha=0.7, parse_math=False,
+        )  # fmt: skip
+
+
+def _learning_rate(steps: Records, borders: Borders) -> Figure | None:
     parts = _parts(steps, "lr")
     if not parts:
         return None
     lines: dict[bytes, tuple[np.ndarray, np.ndarray, list[str]]] = {}  # parts with the same rates are one line
     for part in parts:
         x, y = _series(steps, "lr", part)
-        lines.setdefault(y.tobytes(), (x, y, []))[2].append(_label(part))
-    figure, axes = _new("Learning rate", "learning rate")
-    for color, (x, y, names) in zip(_cycle(len(lines)), lines.values(), strict=True):
-        kept = _thin(y)
-        axes.plot(x[kept], y[kept], color=color, linewidth=1.6, label=", ".join(names))
+        lines.setdefault(y.tobytes(), (x, y, []))[2].append(label(part))
+    figure, axes = new("Learning rate", "learning rate")
+    for color, (x, y, names) in zip(cycle(len(lines)), lines.values(), strict=True):
+        _line(axes, x, y, color, ", ".join(names), borders)
     axes.yaxis.set_major_formatter(lambda value, _: _scientific(value))
     axes.set_ylim(bottom=0)
-    return _finish(figure, axes)
+    return finish(figure, axes)
 
 
-def _gradient_norm(steps: Records) -> Figure | None:
+def _gradient_norm(steps: Records, borders: Borders) -> Figure | None:
     x, y = _series(steps, "grad_norm")
     if not len(x):
         return None
     parts = _parts(steps, "grad_norm_parts")
-    figure, axes = _new("Gradient norm", "L2 norm before clipping")
-    _curve(axes, x, y, COLORS[0], "all")
-    for color, part in zip(_cycle(len(parts) + 1)[1:], parts, strict=True):
-        _curve(axes, *_series(steps, "grad_norm_parts", part), color, _label(part))
+    figure, axes = new("Gradient norm", "L2 norm before clipping")
+    _curve(axes, x, y, COLORS[0], "all", borders)
+    for color, part in zip(cycle(len(parts) + 1)[1:], parts, strict=True):
+        _curve(axes, *_series(steps, "grad_norm_parts", part), color, label(part), borders)
     _log_where_wide(axes, y)
     _mark_non_finite(axes, x[~np.isfinite(y)])
-    return _finish(figure, axes)
+    return finish(figure, axes)
 
 
-def _throughput(steps: Records) -> Figure | None:
+def _throughput(steps: Records, borders: Borders) -> Figure | None:
     x, y = _series(steps, "tokens_per_second")
     if not len(x):
         return None
-    figure, axes = _new("Throughput", "tokens per second")
-    _curve(axes, x, y, COLORS[2], "all ranks")
+    figure, axes = new("Throughput", "tokens per second")
+    _curve(axes, x, y, COLORS[2], "all ranks", borders)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    return _finish(figure, axes)
+    return finish(figure, axes)
 
 
-def _new(title: str, unit: str) -> tuple[Figure, Axes]:
+def new(title: str, unit: str, across: str = "step (optimizer updates)") -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
-    axes.set_xlabel("step (optimizer updates)", fontsize=9, color=INK)
+    axes.set_xlabel(across, fontsize=9, color=INK)
     axes.set_ylabel(unit, fontsize=9, color=INK)
     axes.tick_params(labelsize=8, color=INK, labelcolor=INK, length=3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -138,22 +190,38 @@ def _new(title: str, unit: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _finish(figure: Figure, axes: Axes) -> Figure:
+def finish(figure: Figure, axes: Axes, *, always: bool = False) -> Figure:
+    """With a legend, where there is more than one line or `always`."""
     axes.margins(x=0.02)
-    if len(axes.get_legend_handles_labels()[0]) > 1:
+    if always or len(axes.get_legend_handles_labels()[0]) > 1:
         legend = axes.legend(fontsize=8, frameon=False, labelcolor=INK)
         for text in legend.get_texts():
             text.set_parse_math(False)
     return figure
 
 
-def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, color: str, label: str) -> None:
-    """The smoothed line over faint points. Every spike keeps its point, however long the run."""
+def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, color: str, label: str, borders: Borders) -> None:
+    """The smoothed line over faint points, anew in each stage. Every spike keeps its point, however long the run."""
     kept = _thin(y)
     axes.plot(x[kept], y[kept], "o", color=color, alpha=0.3, markersize=2.4, markeredgewidth=0)
-    line = smooth(y, width=min(200, max(1, len(y) / 80)))
-    kept = _thin(line)
-    axes.plot(x[kept], line[kept], color=color, linewidth=1.8, label=label)
+    lines = [smooth(y[own], width=min(200, max(1, len(y) / 80))) for own in _stretches(x, borders)]
+    _line(axes, x, np.concatenate([np.zeros(0), *lines]), color, label, borders)
+
+
+def _line(axes: Axes, x: np.ndarray, y: np.ndarray, color: str, label: str, borders: Borders) -> None:
+    """A line with a gap between stages."""
+    xs, ys = [np.zeros(0)], [np.zeros(0)]
+    for own in _stretches(x, borders):
+        kept = _thin(y[own])
+        xs += [x[own][kept], np.full(1, np.nan)]
+        ys += [y[own][kept], np.full(1, np.nan)]
+    axes.plot(np.concatenate(xs)[:-1], np.concatenate(ys)[:-1], color=color, linewidth=1.8, label=label)
+
+
+def _stretches(x: np.ndarray, borders: Borders) -> list[slice]:
+    """The positions of each stage that has any."""
+    cuts = [0, *np.searchsorted(x, [border for border, _ in borders[1:]]).tolist(), len(x)]
+    return [slice(begin, end) for begin, end in pairwise(cuts) if begin < end]
 
 
 def _log_where_wide(axes: Axes, y: np.ndarray) -> None:
@@ -199,10 +267,10 @@ def _scientific(value: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
 
 
-def _cycle(count: int) -> list[str]:
+def cycle(count: int) -> list[str]:
     return [COLORS[position % len(COLORS)] for position in range(count)]
 
 
-def _label(name: str) -> str:
+def label(name: str) -> str:
     """ASCII: the bundled font warns about glyphs it lacks. matplotlib hides labels that begin with an underscore."""
     return ascii(name)[1:-1].lstrip("_")

@@ -123,11 +123,14 @@ def ledger(counts: Sequence[SourceCount]) -> Table:
 
 
 def _ledger_row(count: SourceCount) -> tuple[str, ...]:
-    by_size = sorted(count.dropped.items(), key=lambda item: (-item[1], item[0]))
-    reasons = ", ".join(f"{reason}={many:,}" for reason, many in by_size)
     counts = (count.read, count.train, count.held_out, sum(count.dropped.values()))
     rest = (count.tokens, count.supervised, count.images)
-    return (count.source, *map(number, counts), reasons, *map(number, rest))
+    return (count.source, *map(number, counts), _reasons(count.dropped), *map(number, rest))
+
+
+def _reasons(found: Mapping[str, int]) -> str:
+    by_size = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{reason}={many:,}" for reason, many in by_size)
 
 
 def key_figures(summary: Mapping[str, Any]) -> Table:
@@ -180,17 +183,82 @@ def _change(name: str, before: Any, after: Any) -> str:
     return f"{100 * change:+.1f} points" if name.split("/")[0] in _RATES else f"{change:+.4g}"
 
 
+def held_out_stages(heldout: Mapping[str, Any]) -> Table:
+    """`held_out` of every stage that measured anything, one below the other."""
+    each = [(name, held_out(found)) for name, found in heldout["stages"].items()]
+    columns = ("Stage", *dict.fromkeys(column for _, table in each for column in table.columns))
+    rows = [
+        (name, *(dict(zip(table.columns, row, strict=True)).get(column, MISSING) for column in columns[1:]))
+        for name, table in each
+        for row in table.rows
+    ]
+    return Table("Held-out samples", columns, rows, frozenset(columns[2:]))
+
+
+def stages(found: Sequence[Mapping[str, Any]]) -> Table:
+    """As in `summary.json`; empty for a run without stages."""
+    columns = ("Stage", "Steps", "Read", "Trained", "Held out", "Dropped", "Reasons")
+    dropped = any(stage["samples"]["dropped"] for stage in found)
+    rows = [
+        (
+            stage["name"],
+            number(stage["steps"]),
+            *(number(stage["samples"][key]) for key in ("read", "train", "held_out", "dropped")),
+            *([_reasons(stage["samples"]["by_reason"])] if dropped else []),
+        )
+        for stage in found
+    ]
+    return Table("Stages", columns if dropped else columns[:-1], rows, frozenset(columns[1:-1]))
+
+
+def sources(found: Sequence[Mapping[str, Any]]) -> Table:
+    """As in `summary.json`; empty for a single source, of which the key figures tell."""
+    if len(found) < 2:
+        return Table("Sources", (), [])
+    several = any("stage" in source for source in found)
+    columns = ("Source", "Samples", "Passes", "Tokens", "Supervised", "First loss", "Last loss")
+    counts, losses = ("tokens", "supervised"), ("loss_first", "loss_last")
+    rows = [
+        (
+            *([str(source.get("stage", ""))] if several else []),
+            source["source"],
+            number(source["samples"]),
+            "" if source["passes"] is None else f"{source['passes']:,.2f}",
+            *(number(source[key]) for key in counts),
+            *(figure("loss", source[key]) for key in losses),
+        )
+        for source in found
+    ]
+    columns = ("Stage", *columns) if several else columns
+    return Table("Sources", columns, rows, frozenset(columns) - {"Stage", "Source"})
+
+
+def balance(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Key figures of how even the work was, as in `summary.json`: rows 1, steps 0 when all are alike. One rank is
+    always even with itself."""
+    rows: list[tuple[str, str]] = []
+    if found.get("ranks_predicted", 1) != 1:
+        rows.append(("balance of ranks", f"{found['ranks_predicted']:.2f}"))
+    for key in ("rows", "steps"):
+        if f"{key}_predicted" in found:
+            predicted, measured = (found[f"{key}_{how}"] for how in ("predicted", "measured"))
+            rows.append((f"balance of {key} (measured)", f"{predicted:.2f} ({measured:.2f})"))
+    return rows
+
+
 def evaluations(records: Sequence[Mapping[str, Any]]) -> Table:
     """The evaluations made while the run went on, one row each."""
     evals = [record for record in records if record["kind"] == "eval"]
     names = list(dict.fromkeys(name for record in evals for name in record.get("metrics") or {}))
+    several = any(record.get("stage") for record in evals)
     rows = [
         (
             number(record["step"]),
+            *([str(record.get("stage", ""))] if several else []),
             figure("loss", record.get("loss")),
             *(figure(name, (record.get("metrics") or {}).get(name)) for name in names),
         )
         for record in evals
     ]
-    columns = ("Step", "Loss", *names)
-    return Table("Evaluations", columns, rows, frozenset(columns))
+    columns = ("Step", *(["Stage"] if several else []), "Loss", *names)
+    return Table("Evaluations", columns, rows, frozenset(columns) - {"Stage"})
