@@ -83,10 +83,29 @@ def data(
 
 
 @app.command()
+def index(
+    run: RunFile,
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(help="Processes. Left out: all processors.")] = None,
+    ray: Annotated[str | None, typer.Option(help="On a Ray cluster: its address, `auto` or `local`.")] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every picture, to find broken ones now.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Make the index of the data ahead, so that check and train start at once. Loads no weights."""
+    terminal = _terminal(quiet, as_json)
+    from lensmith.recipe.index import index as make_index
+    from lensmith.recipe.run import load_run
+
+    make_index(load_run(run, overrides or ()), terminal, workers=workers, ray=ray, decode=decode)
+
+
+@app.command()
 def show(
     run: RunFile,
     number: Annotated[int, typer.Argument(help="Which sample, counted from 0 over the rows read.")],
     overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="Of a curriculum, the stage. Left out: the first.")] = None,
     as_json: Json = False,
 ) -> None:
     """One sample as the model sees it: trained tokens in colour, image blocks, patch grid."""
@@ -94,7 +113,7 @@ def show(
     from lensmith.recipe.run import load_run
     from lensmith.recipe.show import show as show_sample
 
-    show_sample(load_run(run, overrides or ()), number, terminal)
+    show_sample(load_run(run, overrides or ()).of(stage), number, terminal)
 
 
 @app.command()

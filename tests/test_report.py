@@ -204,7 +204,7 @@ def test_stages_have_borders_and_lines_do_not_cross_them():
         gaps = [plots.np.flatnonzero(plots.np.isnan(line.get_ydata())).tolist() for line in curves]
         assert gaps == ([[6, 10]] * 2 if name == "sources" else [[6, 11]]), name
         assert "mixed" not in plots.inline_svg(figure, name).partition("<style")[0]
-    assert plots.figures(steps_of({"": 5}))["loss"].axes[0].texts == []
+    assert plots.figures(steps_of({"": 5}))["loss"].axes[0].texts[:] == []
 
 
 def test_sources_have_curves_where_there_are_several():
@@ -335,7 +335,8 @@ def test_page_of_a_curriculum_tells_what_the_summary_tells(tmp_path: Path, qwen2
     ]  # fmt: skip
     assert sum(s["samples"] for s in summary["sources"] if s["stage"] == "mixed") == 16
     after = summary["heldout"]["stages"]["mixed"]["after"]["loss"]
-    assert [row[0] for row in cells(raw, "quality")][0] == "mixed" and f"{after:.4f}" in cells(raw, "quality")[0]
+    first = cells(raw, "quality")[0]
+    assert first[0] == "mixed" and f"{after:.4f}" in first
     text = parse(out.folder / "report.html").text
     assert "Stages and sources" in text and "In the last stage." in text and "balance of rows (measured)" in text
     assert "{'" not in text and raw.count("<svg") == 5
@@ -367,6 +368,23 @@ def test_a_run_with_one_source_has_no_table_of_sources(tmp_path: Path):
     before = parse(write_report(run)).tags
     (run / "summary.json").write_text(json.dumps({**summary, "stages": [], "sources": [one], "balance": {}}))
     assert parse(write_report(run)).tags == before
+
+
+def test_hostile_names_of_stages_and_sources_stay_text(tmp_path: Path):
+    evil = IMG_TAG + END_TAG
+    samples = {"read": 9, "train": 7, "dropped": 2, "held_out": 0, "by_reason": {evil: 2}}
+    source = {"stage": evil, "source": evil, "samples": 9, "tokens": 9, "supervised": 3, "passes": None,
+              "loss_first": None, "loss_last": 0.5}  # fmt: skip
+    summary = {"stages": [{"name": evil, "steps": 1, "samples": samples}], "sources": [source, source],
+               "heldout": {"stages": {evil: {"after": {evil: 1.0}}}}}  # fmt: skip
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    for record in steps_of({evil: 2, "b": 2}, (evil, "c")):
+        writer.write(record)
+    writer.close()
+    found = parse(write_report(tmp_path))
+    assert "script" not in found.tags and "img" not in found.tags and found.handlers == []
+    assert found.text.count(evil) == 8 and found.tags.count("svg") == 3
 
 
 @pytest.mark.parametrize("evil", [IMG_TAG, END_TAG, "\"' autofocus onfocus=alert(1) {{ 7*7 }}", "\u202e\x1b\x00\ud800"])

@@ -30,6 +30,7 @@ from lensmith.core.encoded import IMAGE, Encoded
 from lensmith.core.errors import ConfigError, DataError, Drop, RunError
 from lensmith.core.sample import Image, Sample, Text
 from lensmith.core.version import VERSION as LENSMITH
+from lensmith.data.collate import Pictures
 from lensmith.data.index import SCHEMA, Index, cut_columns
 from lensmith.data.load import Loader, LoaderSpec, Seen, digest_of, id_hash, look_of, portable, said_by
 from lensmith.data.readers import RowRef
@@ -37,7 +38,7 @@ from lensmith.data.split import Cut
 
 pc: Any = pyarrow.compute  # its functions are made at import: no stub knows them
 
-VERSION = 4
+VERSION = 5
 CHUNK = 256
 STORED_ROWS = 1 << 14
 """Rows of one batch in a stored index."""
@@ -62,7 +63,7 @@ def build_index(spec: LoaderSpec, cache: Path | None, *, workers: int = 1, progr
 
 def _build(spec: LoaderSpec, cache: Path, workers: int, progress: Progress | None) -> Index:
     wrong = Wrong()
-    told = _Told(spec, progress)
+    told = Told(spec, progress)
     stored: list[Path] = []
     with Pool(spec, workers) as pool:
         for number in range(len(spec.files)):
@@ -80,10 +81,10 @@ def stored_at(spec: LoaderSpec, number: int, cache: Path) -> Path:
     return cache / f"index-{_fingerprint(spec, number, cache)}.arrow"
 
 
-def index_file(spec: LoaderSpec, number: int, stored: Path, pool: Pool, told: _Told) -> Wrong:
+def index_file(spec: LoaderSpec, number: int, stored: Path, pool: Pool, told: Told) -> Wrong:
     """Make or renew the stored index of one file. With wrong rows, nothing is stored."""
     known = _read_stored(stored)
-    old = None if known is None else _changed_rows(known)
+    old = None if known is None else _changed_rows(known, spec.decode)
     if known is not None and old is None:
         told.rows(known.num_rows)
         return Wrong()
@@ -104,7 +105,7 @@ def index_file(spec: LoaderSpec, number: int, stored: Path, pool: Pool, told: _T
 
 
 def _renew(
-    loader: Loader, number: int, known: pa.Table, old: np.ndarray, pool: Pool, told: _Told, wrong: Wrong, out: _Writer
+    loader: Loader, number: int, known: pa.Table, old: np.ndarray, pool: Pool, told: Told, wrong: Wrong, out: _Writer
 ) -> None:
     """The rows in `old` measured again, in their places."""
     values = pa.array(old)
@@ -260,13 +261,14 @@ def _settled(mtime_ns: int) -> bool:
     return time.time_ns() - mtime_ns > 2_000_000_000
 
 
-def _changed_rows(table: pa.Table) -> np.ndarray | None:
-    """Numbers of the rows to measure again; None for none."""
+def _changed_rows(table: pa.Table, decode: bool) -> np.ndarray | None:
+    """Numbers of the rows to measure again; None for none. With `decode`, also those whose pictures were not."""
     states: dict[str, str] = {}  # samples of one picture are mostly neighbours
     found: list[int] = []
-    for batch in table.select(["row", "verdict", "images", "videos", "handles", "stamp"]).to_batches():
+    for batch in table.select(["row", "verdict", "images", "videos", "handles", "stamp", "decoded"]).to_batches():
         shows = pc.or_(pc.greater(batch["images"], 0), pc.greater(batch["videos"], 0))
-        again = batch.filter(pc.and_(pc.equal(batch["verdict"], "drop"), shows))
+        unknown = pc.and_(shows, pc.invert(pc.fill_null(batch["decoded"], False)))
+        again = batch.filter(unknown if decode else pc.and_(pc.equal(batch["verdict"], "drop"), unknown))
         found += again["row"].to_pylist()
         kept = batch.filter(batch["stamp"].is_valid())
         columns = (kept[name].to_pylist() for name in ("row", "handles", "stamp"))
@@ -296,7 +298,7 @@ def _stamp(handles: Sequence[str], states: dict[str, str]) -> int | None:
 
 
 @dataclass
-class _Told:
+class Told:
     """Progress over all files: the rows in all are reckoned from the bytes that are read."""
 
     spec: LoaderSpec
@@ -344,7 +346,7 @@ class Pool:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def measure(self, loader: Loader, number: int, refs: Iterable[RowRef], told: _Told) -> Iterator[pa.RecordBatch]:
+    def measure(self, loader: Loader, number: int, refs: Iterable[RowRef], told: Told) -> Iterator[pa.RecordBatch]:
         """The index rows of `refs`, in order."""
         iterator = iter(refs)
         first = list(islice(iterator, PARALLEL_FROM))
@@ -479,8 +481,19 @@ def measure_sample(
             own |= {"verdict": "drop", "reason": encoded.reason, "detail": encoded.detail}
         else:
             own |= whole.measured(cut, encoded)
+            if loader.spec.decode and encoded.images:
+                own |= _decoded(loader, number, encoded, sample.origin)
         found.append(own)
     return found
+
+
+def _decoded(loader: Loader, number: int, encoded: Encoded, origin: str) -> dict[str, Any]:
+    """What becomes of a sample whose pictures are decoded."""
+    try:
+        Pictures(loader, {}).add(number, encoded, origin)
+    except Drop as drop:
+        return {"decoded": True, "verdict": "drop", "reason": drop.reason, "detail": drop.detail}
+    return {"decoded": True}
 
 
 class _Whole:

@@ -84,6 +84,8 @@ class LoaderSpec:
     text_tokens: tuple[str, ...] = ()
     documents: DocumentRules = field(default_factory=DocumentRules)
     videos: VideoLimits = field(default_factory=VideoLimits)
+    decode: bool = False
+    """Decode every picture while indexing, to find those that fail only then."""
 
     def build(self) -> Loader:
         return Loader(self)

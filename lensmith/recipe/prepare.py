@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,16 @@ class Prepared:
         return Limits(run.device_tokens, run.batch.device_patches, packing)
 
 
-def prepare(located: Located, terminal: Terminal) -> Prepared:
+@dataclass(frozen=True)
+class Indexing:
+    """How the index is made: by how many processes, on the Ray cluster that is open, with every picture decoded."""
+
+    workers: int | None = None
+    ray: bool = False
+    decode: bool = False
+
+
+def prepare(located: Located, terminal: Terminal, indexing: Indexing | None = None) -> Prepared:
     """Index the data of a run. Raises `UserError`s; prints and checks `read = train + dropped`."""
     run = located.run
     folder = resolve(run.model, located.folder)
@@ -97,15 +106,21 @@ def prepare(located: Located, terminal: Terminal) -> Prepared:
     )
     tokenizer_json = with_tokens(tokenizer_text(folder), run.model.add_tokens)
     cache = cache_folder(run.data, located.folder)
+
+    def index_of(sources: tuple[Source, ...], what: str) -> Index:
+        files = source_files(sources, located.folder, cache, terminal)
+        spec = _loader_spec(located, files, family, tokenizer_json)
+        return _index(spec, cache, terminal, _named(what, located), indexing or Indexing())
+
     stream = None
     if run.data.stream is not None:
         stream = stream_spec(located, _loader_spec(located, (), family, tokenizer_json))
         read = Index(tuple(SCHEMA.empty_table() for _ in stream.loader.files), stream.loader)
     else:
-        read = _index(located, run.data.train, family, tokenizer_json, cache, terminal, "training data")
+        read = index_of(run.data.train, "training data")
     train, held = read, None
     if run.data.eval:
-        held = _index(located, run.data.eval, family, tokenizer_json, cache, terminal, "held-out data")
+        held = index_of(run.data.eval, "held-out data")
     elif run.data.holdout > 0:
         train, held = hold_out(read, run.data.holdout, run.train.seed)
     notes = list(_check_counts(run.data, read, train)) if stream is None else []
@@ -113,9 +128,27 @@ def prepare(located: Located, terminal: Terminal) -> Prepared:
         raise DataError("NO_ROWS", "no held-out sample can be used", remedy="look at the ledger; raise data.holdout")
     if held is not None and (both := seen_in_training(train, held)):
         notes.append(f"{both} of {len(held.trainable)} held-out samples stand in the training data too (EVAL_IN_TRAIN)")
+    prepared = Prepared(located, folder, family, read, train, held, tuple(notes), stream)
+    notes += _check_mixture(prepared, terminal)
     for note in notes:
         terminal.warning(note)
-    return Prepared(located, folder, family, read, train, held, tuple(notes), stream)
+    return replace(prepared, notes=tuple(notes))
+
+
+def _check_mixture(prepared: Prepared, terminal: Terminal) -> list[str]:
+    """Say the mixture as it is resolved; warnings for options that mean nothing in it."""
+    data, train = prepared.located.run.data, prepared.train
+    if isinstance(data.mixture, Concat):
+        unused = [name for name in ("share", "epochs") if any(name in s.model_fields_set for s in data.train)]
+        return [f"data.train[].{name} means nothing without data.mixture" for name in unused]
+    if prepared.stream is not None or prepared.mixture is None:
+        return []
+    weights = dict(zip(train.sources, prepared.mixture.weights, strict=True))
+    total = sum(weights.values())
+    shown = ", ".join(f"{name} {100 * w / total:.4g} %" for name, w in weights.items())
+    terminal.event("mixture", f"mixture by samples: {shown}", weights=weights)
+    return [f"source {n!r} has no sample to train" for n, size in zip(train.sources, train.source_sizes, strict=True)
+            if not size]  # fmt: skip
 
 
 def tokenizer_text(folder: Path) -> str:
@@ -133,28 +166,29 @@ def index_workers() -> int:
     return max(1, len(os.sched_getaffinity(0)))
 
 
-def _index(
-    located: Located,
-    sources: tuple[Source, ...],
-    family: Any,
-    tokenizer_json: str,
-    cache: Path,
-    terminal: Terminal,
-    what: str,
-) -> Index:
-    files = source_files(sources, located.folder, cache, terminal)
-    spec = _loader_spec(located, files, family, tokenizer_json)
+def _named(what: str, located: Located) -> str:
+    return f"{what} of stage {located.stage_name}" if located.stage_name else what
+
+
+def _index(spec: LoaderSpec, cache: Path, terminal: Terminal, what: str, how: Indexing) -> Index:
+    spec = replace(spec, decode=how.decode)
     with terminal.progress(f"Indexing {what}", None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.advance(done - bar.done)
 
-        index = build_index(spec, cache, workers=index_workers(), progress=progress)
+        if how.ray:
+            from lensmith.data.index_ray import index_on_ray
+
+            index_on_ray(spec, cache, progress)
+            bar.done = 0
+        index = build_index(spec, cache, workers=how.workers or index_workers(), progress=progress)
     counts = index.counts()
+    cut = f" (from {counts['rows']:,} rows)" if counts["rows"] != counts["read"] else ""
     terminal.event(
         "index",
-        f"{what}: read {counts['read']:,} = train {counts['train']:,} + dropped {counts['dropped']:,}"
+        f"{what}: read {counts['read']:,}{cut} = train {counts['train']:,} + dropped {counts['dropped']:,}"
         + (f" {counts['by_reason']}" if counts["dropped"] else ""),
         data=what,
         **counts,

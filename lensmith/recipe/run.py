@@ -194,6 +194,16 @@ class Located:
         located.output, located.stage = self.output, stage
         return located
 
+    def of(self, stage: str | None) -> Located:
+        """A stage by its name; the first where none is named. Raises ConfigError STAGE."""
+        if stage is None:
+            return self.stages[0]
+        found = next((s for s in self.stages if s.stage_name == stage), None)
+        if found is None:
+            known = ", ".join(s.stage_name for s in self.stages if s.stage_name) or "none"
+            raise ConfigError("STAGE", f"there is no stage {stage!r}", remedy=f"known here: {known}")
+        return found
+
     @property
     def stage_name(self) -> str:
         """Empty for a run without stages."""

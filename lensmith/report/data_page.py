@@ -40,7 +40,7 @@ def _stage(stage: Mapping[str, Any], number: int) -> dict[str, Any]:
         "curves": [Markup(plots.inline_svg(figure, f"{name}-{number}")) for name, figure in figures.items()],
         "tables": [
             data_tables.data_that_trains(sources), data_tables.lengths(sources), data_tables.mixture(sources),
-            data_tables.pictures(sources), data_tables.sizes(sources), data_tables.held_out(held),
+            data_tables.pictures(sources), data_tables.sizes(sources, commonest=False), data_tables.held_out(held),
         ],
         "sizes": data_tables.common_sizes(sources),
         "dropped": data_tables.dropped([*sources, *held], details=True),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lensmith.report.plots import COLORS, INK, cycle, finish, label, new
+from lensmith.report.plots import INK, cycle, finish, label, new
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,53 +22,66 @@ NAME_LENGTH = 24
 def figures(stage: Record) -> dict[str, Figure]:
     """By name: `lengths`, `sizes`, `drawn`, `drops`, for which there is anything to draw."""
     sources = stage.get("sources") or []
+    colors = dict(zip((s["name"] for s in sources), cycle(len(sources)), strict=True))
     made = {
-        "lengths": _lengths(sources, stage.get("bin_tokens") or 1),
-        "sizes": _sizes([s for s in sources if s["pictures"]]),
+        "lengths": _lengths(sources, stage.get("bin_tokens") or 1, colors),
+        "sizes": _sizes([s for s in sources if s["pictures"]], colors),
         "drawn": _drawn(sources),
         "drops": _drops([s for s in sources if s["by_reason"]]),
     }
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
-def _lengths(sources: Sequence[Record], width: int) -> Figure | None:
+def _lengths(sources: Sequence[Record], width: int, colors: Mapping[str, str]) -> Figure | None:
     known = sorted((s for s in sources if s["lengths"]), key=lambda s: -s["samples"])
     if not known:
         return None
     count = max(len(s["lengths"]) for s in known)
-    lines = [(_name(s), _padded(s["lengths"], count)) for s in known[:MOST]]
+    lines = [(colors[s["name"]], _name(s), _padded(s["lengths"], count)) for s in known[:MOST]]
     if rest := known[MOST:]:
-        lines.append((f"{len(rest)} others", np.sum([_padded(s["lengths"], count) for s in rest], axis=0)))
+        lines.append((INK, f"{len(rest)} others", np.sum([_padded(s["lengths"], count) for s in rest], axis=0)))
     figure, axes = new("Lengths", "samples", "tokens per sample")
     edges = np.arange(count + 1) * width
-    for color, (name, counts) in zip(cycle(len(lines)), lines, strict=True):
+    for color, name, counts in lines:
         axes.stairs(counts, edges, color=color, alpha=0.7 if len(lines) == 1 else 0.15, fill=True)
         axes.stairs(counts, edges, color=color, linewidth=1.6, label=name)
-    peaks = [counts.max() for _, counts in lines]
+    peaks = [counts.max() for _, _, counts in lines]
     if max(peaks) > 50 * min(peaks):
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.yaxis.set_major_formatter(_thousands)
     axes.xaxis.set_major_formatter(_thousands)
-    return finish(figure, axes)
+    finish(figure, axes)
+    if (legend := axes.get_legend()) is not None:  # "best" does not see these patches
+        legend.set_loc("upper right")
+    return figure
 
 
 def _padded(counts: Sequence[int], length: int) -> np.ndarray:
     return np.pad(np.array(counts), (0, length - len(counts)))
 
 
-def _sizes(sources: Sequence[Record]) -> Figure | None:
+def _sizes(sources: Sequence[Record], colors: Mapping[str, str]) -> Figure | None:
     if not sources:
         return None
     figure, axes = new("Sizes of pictures", "height in pixels", "width in pixels")
     known = sorted(sources, key=lambda s: -s["pictures"]["count"])[:MOST]
     most = max(s["pictures"]["sizes"][0][2] for s in known)
     sides: list[int] = []
-    for color, source in zip(cycle(len(known)), known, strict=True):
+    for source in known:
         wide, high, counts = np.array(source["pictures"]["sizes"]).T
         sides += [*wide.tolist(), *high.tolist()]
-        axes.scatter(wide, high, s=8 + 152 * counts / most, color=color, alpha=0.45, linewidths=0, label=_name(source))
+        axes.scatter(
+            wide,
+            high,
+            s=8 + 152 * counts / most,
+            color=colors[source["name"]],
+            alpha=0.45,
+            linewidths=0,
+            label=_name(source),
+        )
     if max(sides) > 8 * min(sides):
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -138,6 +151,3 @@ def _name(source: Record) -> str:
 
 def _thousands(value: float, _: float) -> str:
     return f"{value:,.0f}" if value == round(value) else ""
-
-
-assert len(COLORS) >= MOST

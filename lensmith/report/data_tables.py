@@ -72,14 +72,14 @@ def pictures(sources: Sequence[Record]) -> Table:
     return _by_source("Pictures", shown, columns)
 
 
-def sizes(sources: Sequence[Record]) -> Table:
-    """Sides: smallest, median, largest."""
+def sizes(sources: Sequence[Record], *, commonest: bool = True) -> Table:
     columns: list[Column] = [
         ("Sizes", lambda s: _picture(s, "distinct_sizes", number)),
         ("Width", lambda s: _picture(s, "width", _spread)), ("Height", lambda s: _picture(s, "height", _spread)),
         ("Mean pixels", lambda s: _picture(s, "mean_pixels", _number)),
-        ("Commonest", lambda s: _picture(s, "sizes", lambda sizes: f"{sizes[0][0]}x{sizes[0][1]}")),
     ]  # fmt: skip
+    if commonest:
+        columns.append(("Commonest", lambda s: _picture(s, "sizes", lambda sizes: f"{sizes[0][0]}x{sizes[0][1]}")))
     return _by_source("Sizes of pictures: smallest – median – largest", [s for s in sources if s["pictures"]], columns)
 
 
