@@ -39,7 +39,7 @@ def located_data(tmp_path: Path) -> Path:
 
 def test_text_gets_the_added_tokens_and_no_others() -> None:
     tok = TextTokenizer(with_tokens(tiny.tokenizer_json(), NEW), NEW)
-    ids, starts = tok.plain("a <loc_long>é<loc><|im_end|>")
+    ids, starts, _ = tok.plain("a <loc_long>é<loc><|im_end|>")
     assert ids.tolist().count(tok.added["<loc_long>"]) == ids.tolist().count(tok.added["<loc>"]) == 1
     assert tok.added["<|im_end|>"] not in ids.tolist()
     assert tok.decode(ids.tolist()) == "a <loc_long>é<loc><|im_end|>"

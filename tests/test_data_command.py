@@ -287,6 +287,30 @@ def test_pictures_in_the_rows(tmp_path: Path, qwen25: Path) -> None:
     assert train["pictures"]["copies"] == 1 and train["pictures"]["first"][0]["files"] == ["", "a.png"]
 
 
+def test_videos_by_their_files_and_by_their_frames(tmp_path: Path, qwen25: Path) -> None:
+    located = make(tmp_path, qwen25)
+    film = tiny.make_video(8)
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(film)
+    turn = [{"role": "user", "content": "<video>Z"}, {"role": "assistant", "content": "Z"}]
+    shown: list[Any] = ["a.mp4", "b.mp4", ["a.png", "own.png"], ["b.png", "own.png"], ["own.png", "a.png"]]
+    picture(tmp_path / "own.png", (56, 56), 2)
+    write(tmp_path / "chat.jsonl", [{"messages": turn, "videos": [video]} for video in shown])
+    located = make_again(located, data={"eval": []})
+    stage = data(located, QUIET, hashes=True)["stages"][0]
+    of_chat, train = stage["sources"][1], stage["duplicates"]["train"]
+    assert (of_chat["videos"], of_chat["images"], of_chat["pictures"]) == (5, 0, None)
+    assert (train["pictures"]["files"], train["pictures"]["copies"]) == (5, 2)  # two videos, three pictures
+    assert [g["count"] for g in train["samples"]["first"]] == [2, 2, 2]  # two documents, videos, and rows of frames
+
+
+def make_again(located: Located, **over: Any) -> Located:
+    """The same run with changes; files stay as they are."""
+    return from_tree(
+        Tree(runs.merge({**located.run.model_dump(mode="json"), "output": str(located.output)}, over)), None
+    )
+
+
 def test_no_pixel_is_decoded_without_hash(tmp_path: Path, qwen25: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(self: Any) -> None:
         raise AssertionError("a picture is decoded")

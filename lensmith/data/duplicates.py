@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute
 
-from lensmith.core.errors import Drop, RunError, UserError
+from lensmith.core.errors import Drop, RunError
 from lensmith.core.sample import Image, Video
 from lensmith.data.index import Index
 from lensmith.data.load import Loader, LoaderSpec, portable, said_by
@@ -213,7 +213,6 @@ class _Found:
     media: list[int] = field(default_factory=list[int])
     """Handles, row by row."""
     pictures: list[_Picture] = field(default_factory=list[_Picture])
-    error: tuple[type[UserError], str, str, str, str] | None = None
 
 
 def _wanted(index: Index, handles: np.ndarray, numbers: np.ndarray) -> Iterator[_Row]:
@@ -247,7 +246,7 @@ def _spread(index: Index, rows: Iterable[_Row], workers: int) -> Iterator[tuple[
     if workers < 2 or len(index.trainable) < PARALLEL_FROM:
         loader = index.spec.build()
         for chunk in chunks:
-            yield [row.number for row in chunk], chunk[-1].stop, _checked(_read(loader, chunk))
+            yield [row.number for row in chunk], chunk[-1].stop, _read(loader, chunk)
         return
     waiting: deque[tuple[list[int], int, Future[_Found]]] = deque()
     context = multiprocessing.get_context("fork")
@@ -257,10 +256,10 @@ def _spread(index: Index, rows: Iterable[_Row], workers: int) -> Iterator[tuple[
             waiting.append(([row.number for row in chunk], chunk[-1].stop, pool.submit(_work, chunk)))
             if len(waiting) > 4 * workers:
                 numbers, stop, future = waiting.popleft()
-                yield numbers, stop, _checked(future.result())
+                yield numbers, stop, future.result()
         while waiting:
             numbers, stop, future = waiting.popleft()
-            yield numbers, stop, _checked(future.result())
+            yield numbers, stop, future.result()
     except BrokenProcessPool:
         raise RunError("DATA_WORKER", "a process that reads the pictures died",
                        remedy="look for an out-of-memory kill; lower data.image.max_pixels") from None  # fmt: skip
@@ -279,30 +278,20 @@ def _work(rows: list[_Row]) -> _Found:
     return _read(_worker["loader"], rows)
 
 
-def _checked(found: _Found) -> _Found:
-    if found.error is not None:
-        kind, code, message, where, remedy = found.error
-        raise kind(code, message, where=where, remedy=remedy)
-    return found
-
-
 def _read(loader: Loader, rows: Sequence[_Row]) -> _Found:
     found = _Found()
-    try:
-        for row in rows:
-            sample = loader.sample(row.file, row.ref)
-            media = sample.media()
-            wanted = set(row.wanted)
-            found.texts.append(_bits(said_by(sample)))
-            found.counts.append(len(media))
-            for part in media:
-                handle = _bits(loader.handle(row.file, part, sample.origin).encode("utf-8", "surrogatepass"))
-                found.media.append(handle)
-                if handle in wanted:
-                    wanted.discard(handle)
-                    found.pictures.append(_Picture(handle, *_look(loader, row.file, part, sample.origin, handle)))
-    except UserError as error:  # its constructor takes more than the text that pickle would give it
-        found.error = type(error), error.code, error.message, error.where, error.remedy
+    for row in rows:
+        sample = loader.sample(row.file, row.ref)
+        media = [m for part in sample.media() for m in (part.frames if isinstance(part, Video) else ()) or (part,)]
+        wanted = set(row.wanted)
+        found.texts.append(_bits(said_by(sample)))
+        found.counts.append(len(media))
+        for part in media:
+            handle = _bits(loader.handle(row.file, part, sample.origin).encode("utf-8", "surrogatepass"))
+            found.media.append(handle)
+            if handle in wanted:
+                wanted.discard(handle)
+                found.pictures.append(_Picture(handle, *_look(loader, row.file, part, sample.origin, handle)))
     return found
 
 
@@ -324,9 +313,7 @@ def _look(loader: Loader, file: int, part: Image | Video, origin: str, handle: i
 
 
 def _film(loader: Loader, file: int, video: Video, origin: str) -> int:
-    """A video by its file, or by its frames. None of them is decoded."""
-    if video.frames:
-        return _bits(b"".join(_bits(loader.bytes_of(file, f, origin)).to_bytes(8, "little") for f in video.frames))
+    """A video by its file; none of its frames is decoded."""
     if video.data is not None:
         return _bits(video.data)
     assert video.path is not None

@@ -89,8 +89,8 @@ class DocumentRules:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A run of tokens before it has positions. `starts`: the character at which a token of text begins, -1 for the
-    second and later tokens of one character and for what is no text."""
+    """A run of tokens before it has positions. `starts`: of a stretch of text, the character at which each token
+    begins; -1 where it begins inside one."""
 
     ids: np.ndarray
     trained: np.ndarray
@@ -292,9 +292,10 @@ class Encoder:
     def _tokenise(self, run: list[Run]) -> Tokens:
         """A token is trained where its first character is: one that merges a border belongs to the template."""
         text = "".join(r.text for r in run)
-        ids, starts = self.tokenizer.plain(text)
+        ids, starts, whole = self.tokenizer.plain(text)
         flags = np.repeat([r.trained for r in run], [len(r.text) for r in run])
-        return Tokens(ids, flags[starts] if len(ids) else np.zeros(0, bool), _kinds(len(ids), TEXT), (), starts)
+        trained = flags[starts] if len(ids) else np.zeros(0, bool)
+        return Tokens(ids, trained, _kinds(len(ids), TEXT), (), np.where(whole, starts, -1))
 
 
 def _kinds(count: int, kind: int) -> np.ndarray:
@@ -339,7 +340,7 @@ def _unit_size(unit: Tokens, text: str | None) -> UnitSize:
     if text is None or unit.starts is None:
         return UnitSize(len(unit), images=min(len(unit.blocks), 1))
     starts = unit.starts
-    whole = np.flatnonzero(np.diff(starts, prepend=-1) > 0)  # byte-level tokens may begin inside a character
+    whole = np.flatnonzero(starts >= 0)
     sentences = whole[np.isin(starts[whole], list(sentence_ends(text)))]
     ends = [len(unit)] if text[-1] in SENTENCE_ENDS else []
     return UnitSize(len(unit), 0, array("i", whole.tolist()), [*sentences.tolist(), *ends])

@@ -10,15 +10,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from lensmith.core.errors import DataError
 from lensmith.data.mixture import Mixture
 from lensmith.data.readers.base import StreamRow
 from lensmith.data.readers.stream import Shard
+from lensmith.data.shuffle import Shuffle
 
 OPEN = 8
 """Shards of a lane that are read at the same time: their rows are neighbours in a window."""
+ELSEWHERE = ("REMOTE", "DATASET")
+"""Errors of a network: the shard itself may be whole, so they are never a wrong row."""
+_ORDER_OF_SHARDS = 1 << 32
+"""Of `Shuffle`: no source of a plan has such a number, so nothing else draws the same numbers."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,11 @@ class Lane:
     """Shards of this pass that were opened."""
     turn: int = 0
     open: list[list[int]] = field(default_factory=list[list[int]])
-    """[place in this pass's order, rows read] of the shards in use."""
+    """[number of the shard, rows read] of the shards in use."""
     drawn: int = 0
+    """Rows of this pass."""
     _iterators: dict[int, Iterator[StreamRow]] = field(default_factory=dict[int, Iterator[StreamRow]])
+    _order: Shuffle | None = None
 
     def state(self) -> dict[str, Any]:
         return {
@@ -56,53 +61,55 @@ class Lane:
         self.epoch, self.next, self.turn = state["epoch"], state["next"], state["turn"]
         self.open, self.drawn = [list(o) for o in state["open"]], state["drawn"]
         self._iterators.clear()
+        self._order = None
 
     def draw(self) -> tuple[int, StreamRow] | None:
-        """(source file, row); None when all passes are done. Raises `DataError` where a shard cannot be read."""
+        """(source file, row); None when all passes are done. A shard that breaks off gives its error as its last row.
+        Raises `DataError` SHARD, REMOTE, DATASET where a shard cannot be had."""
         while self.spec.passes is None or self.epoch < self.spec.passes:
             while len(self.open) < OPEN and self.next < len(self.spec.shards):
-                self.open.append([self.next, 0])
+                self.open.append([self._shard_at(self.next), 0])
                 self.next += 1
             if not self.open:
-                if not self.drawn:
+                if not self.drawn:  # nothing but empty shards: the next pass would be the same
                     return None
-                self.epoch, self.next, self.turn = self.epoch + 1, 0, 0
+                self.epoch, self.next, self.turn, self.drawn = self.epoch + 1, 0, 0, 0
+                self._order = None
                 continue
             self.turn %= len(self.open)
-            place, read = self.open[self.turn]
-            file, shard = self.spec.shards[self._order()[place]]
-            row = next(self._rows(place, shard, read), None)
-            if row is None:
+            number, read = self.open[self.turn]
+            file, shard = self.spec.shards[number]
+            row, more = self._next_of(number, shard, read)
+            if more and row is not None:
+                self.open[self.turn][1] = row.number + 1
+                self.turn += 1
+            else:
                 self.open.pop(self.turn)
-                self._iterators.pop(place, None)
-                continue
-            self.open[self.turn][1] = row.number + 1
-            self.turn += 1
-            self.drawn += 1
-            return file, row
+                self._iterators.pop(number, None)
+            if row is not None:
+                self.drawn += 1
+                return file, row
         return None
 
-    def _rows(self, place: int, shard: Shard, start: int) -> Iterator[StreamRow]:
-        if place not in self._iterators:
-            self._iterators[place] = _guarded(shard, start)
-        return self._iterators[place]
+    def _next_of(self, number: int, shard: Shard, read: int) -> tuple[StreamRow | None, bool]:
+        """(row, whether more may follow)."""
+        try:
+            if number not in self._iterators:
+                self._iterators[number] = shard.rows(read)
+            return next(self._iterators[number], None), True
+        except DataError as error:
+            if error.code in ELSEWHERE:
+                raise
+            return None if error.code == "NO_ROWS" else StreamRow(read, error.where or shard.name, None, error), False
+        except OSError as error:
+            raise DataError("SHARD", f"it cannot be read: {error.strerror or error}", where=shard.name,
+                            remedy="put it back and run again: the run goes on where it was saved") from None  # fmt: skip
 
-    def _order(self) -> list[int]:
-        """The order of the shards in this pass."""
-        random = np.random.Generator(np.random.Philox(key=[self.seed, self.epoch], counter=[0, 0, self.number, 7]))
-        return random.permutation(len(self.spec.shards)).tolist()
-
-
-def _guarded(shard: Shard, start: int) -> Iterator[StreamRow]:
-    """A shard that holds no rows gives none; one that breaks off gives its error as its last row."""
-    number = start
-    try:
-        for row in shard.rows(start):
-            number = row.number + 1
-            yield row
-    except DataError as error:
-        if error.code != "NO_ROWS":
-            yield StreamRow(number, error.where or shard.name, None, error)
+    def _shard_at(self, place: int) -> int:
+        """The shard at a place of this pass's order."""
+        if self._order is None:
+            self._order = Shuffle(len(self.spec.shards), self.seed, self.epoch, _ORDER_OF_SHARDS + self.number)
+        return int(self._order.take(place, place + 1)[0])
 
 
 class Lanes:
@@ -124,7 +131,7 @@ class Lanes:
         self.alive, self.drawn, self._mixture = list(state["alive"]), state["drawn"], None
 
     def draw(self) -> tuple[int, StreamRow] | None:
-        """(source file, row); None at the end of all lanes."""
+        """(source file, row); None at the end of all lanes. Raises as `Lane.draw`."""
         while any(self.alive):
             if self._mixture is None:
                 shares = [lane.spec.share if on else 0.0 for lane, on in zip(self.lanes, self.alive, strict=True)]

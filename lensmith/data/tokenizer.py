@@ -19,6 +19,9 @@ from tokenizers import AddedToken, Tokenizer
 
 from lensmith.core.errors import ModelError
 
+SHORT, SHORT_TEXTS = 48, 4096
+"""Texts up to so many characters are remembered: most runs between control tokens are the template's own."""
+
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
     longest_first = sorted(names, key=len, reverse=True)
@@ -52,6 +55,7 @@ class TextTokenizer:
         parsed["added_tokens"] = []
         parsed["truncation"] = parsed["padding"] = parsed["post_processor"] = None
         self._plain = Tokenizer.from_str(json.dumps(parsed))
+        self._short: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self.num_ids = max([self._plain.get_vocab_size(with_added_tokens=False), *(i + 1 for i in self.added.values())])
 
     @staticmethod
@@ -82,21 +86,35 @@ class TextTokenizer:
         found = [t for t in self._border.split(text) if t] if self._border else [text]
         return [(t, self.added.get(t)) for t in found]
 
-    def plain(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """ids [n] and, in characters of `text`, where each token begins [n]. No text becomes a control token."""
+    def plain(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ids [n], where each token begins in characters of `text` [n], and whether it begins with a whole character
+        (bool [n]; byte-level tokens may begin inside one). No text becomes a control token."""
+        if len(text) > SHORT:
+            return self._plain_ids(text)
+        if text not in self._short:
+            if len(self._short) >= SHORT_TEXTS:
+                self._short.clear()
+            self._short[text] = self._plain_ids(text)
+        return self._short[text]
+
+    def _plain_ids(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ids: list[int] = []
         starts: list[int] = []
+        ends: list[int] = []
         at = 0
         for stretch in self._text_border.split(text) if self._text_border else (text,):
             if stretch in self.text_tokens:
                 ids.append(self.added[stretch])
                 starts.append(at)
+                ends.append(at + len(stretch))
             elif stretch:
                 encoding = self._plain.encode(stretch, add_special_tokens=False)
                 ids += encoding.ids
                 starts += [at + offset[0] for offset in encoding.offsets]
+                ends += [at + offset[1] for offset in encoding.offsets]
             at += len(stretch)
-        return np.array(ids, np.int32), np.array(starts, np.int32)
+        begins = np.array(starts, np.int32)
+        return np.array(ids, np.int32), begins, begins >= np.array([0, *ends[:-1]][: len(ends)], np.int32)
 
     def mentions_control(self, text: str) -> bool:
         """Whether the text holds the name of a token that it does not get."""

@@ -7,16 +7,22 @@ pure function of where it begins, and a run goes on from (where its window began
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
-import queue
+import os
 import shutil
+import signal
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
@@ -29,6 +35,7 @@ from lensmith.data.load import Loader, LoaderSpec
 from lensmith.data.pipeline import Known, Pipeline, StepRows, end_with_parent, no_picture_known, start_pool
 from lensmith.data.placement import Limits
 from lensmith.data.plan import Plan, Step
+from lensmith.data.readers.base import StreamRow
 from lensmith.data.spool import SUFFIX, SpoolWriter
 
 pc: Any = pyarrow.compute  # its functions are made at import: no stub knows them
@@ -36,6 +43,7 @@ pc: Any = pyarrow.compute  # its functions are made at import: no stub knows the
 STORED = SCHEMA.insert(0, pa.field("file", pa.int32()))
 MORE = 8
 """A window reads at most so many steps' worth of rows beyond its size to fill its last step."""
+_INDEX, _ROWS = "index.arrow", f"rows{SUFFIX}"
 
 
 @dataclass(frozen=True)
@@ -55,18 +63,17 @@ class StreamSpec:
 
 @dataclass(frozen=True)
 class Window:
-    """A window on disk: its number, where it begins and where the next one does."""
+    """A window on disk: its number, where it begins, and whether the stream ends with it."""
 
     number: int
     begin: dict[str, Any]
-    end: dict[str, Any]
     ended: bool
 
     def folder(self, spec: StreamSpec) -> Path:
         return window_folder(spec.folder, self.number)
 
     def index(self, spec: StreamSpec) -> Index:
-        spool = str(self.folder(spec) / f"rows{SUFFIX}")
+        spool = str(self.folder(spec) / _ROWS)
         files = tuple(replace(f, path=spool) for f in spec.loader.files)
         table = read_window(self.folder(spec))
         each = tuple(table.filter(pc.equal(table["file"], n)).drop_columns(["file"]) for n in range(len(files)))
@@ -77,9 +84,34 @@ def window_folder(folder: Path, number: int) -> Path:
     return folder / f"window-{number:07d}"
 
 
+def window_folders(folder: Path, last: int | None = None) -> list[Path]:
+    """The windows that were made, in order, up to number `last`."""
+    found = sorted(file.parent for file in folder.glob(f"window-*/{_INDEX}"))
+    return found if last is None else [f for f in found if number_of(f) <= last]
+
+
+def number_of(folder: Path) -> int:
+    return int(folder.name.rsplit("-", 1)[1])
+
+
+def forget_windows(folder: Path, last: int) -> None:
+    """Remove what was made behind window `last`, and the rows of all."""
+    for found in folder.glob("window-*"):
+        if number_of(found) > last:
+            shutil.rmtree(found)
+        else:
+            (found / _ROWS).unlink(missing_ok=True)
+
+
 def read_window(folder: Path) -> pa.Table:
-    with pa.memory_map(str(folder / "index.arrow")) as source:
+    with pa.memory_map(str(folder / _INDEX)) as source:
         return pa.ipc.open_file(source).read_all()
+
+
+def trained_rows(table: pa.Table) -> np.ndarray:
+    """The row of a window's table of each sample, as the samples of `Window.index` are numbered."""
+    rows = np.argsort(table["file"].to_numpy(), kind="stable")
+    return rows[pc.equal(table["verdict"], "train").to_numpy()[rows]]
 
 
 class WindowMaker:
@@ -92,13 +124,18 @@ class WindowMaker:
     def windows(self, number: int, begin: dict[str, Any] | None) -> Iterator[Window]:
         """From window `number` on, which begins at `begin` (None: at the start of the stream).
 
-        Raises DataError for a wrong row, unless `drop_wrong`.
+        Raises DataError for a wrong row, unless `drop_wrong`, and for a shard that cannot be had; RunError WINDOW.
         """
         lanes = Lanes(self.spec.lanes, self.spec.seed)
         if begin is not None:
             lanes.restore(begin)
         while True:
-            window = self._make(number, lanes)
+            try:
+                window = self._make(number, lanes)
+            except OSError as error:  # those of the sources are DataErrors
+                raise RunError("WINDOW", f"the window cannot be written: {error.strerror or error}",
+                               where=str(window_folder(self.spec.folder, number)),
+                               remedy="free some space, or lower data.stream.window") from None  # fmt: skip
             if window is not None:
                 yield window
             if window is None or window.ended:
@@ -106,54 +143,61 @@ class WindowMaker:
             number += 1
 
     def _make(self, number: int, lanes: Lanes) -> Window | None:
-        spec, begin = self.spec, lanes.state()
-        folder = window_folder(spec.folder, number)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        spool = SpoolWriter(folder / f"rows{SUFFIX}")
+        begin, drawn = lanes.state(), lanes.draw()
+        if drawn is None:
+            return None
+        folder = window_folder(self.spec.folder, number)
+        folder.mkdir(parents=True, exist_ok=True)
+        spool = SpoolWriter(folder / _ROWS)
         measured: list[dict[str, Any]] = []
         read = trained = 0
-        step = spec.samples or 1
-        ended = False
-        while read < spec.window or (trained % step and read < spec.window + MORE * step):
-            drawn = lanes.draw()
-            if drawn is None:
-                ended = True
-                break
-            rows = self._measure(*drawn, spool)
-            read += 1
-            trained += sum(row["verdict"] == "train" for row in rows)
-            measured += [{**row, "file": drawn[0]} for row in rows]
-        spool.close()
-        if not read:
-            shutil.rmtree(folder)
-            return None
-        with pa.ipc.new_file(str(folder / "index.arrow"), STORED) as out:
-            out.write_table(pa.Table.from_pylist(measured, schema=STORED))
-        return Window(number, begin, lanes.state(), ended)
+        try:
+            while drawn is not None:
+                rows = self._measure(*drawn, spool)
+                read += 1
+                trained += sum(row["verdict"] == "train" for row in rows)
+                measured += [{**row, "file": drawn[0]} for row in rows]
+                if self._is_full(read, trained):
+                    break
+                drawn = lanes.draw()
+        finally:
+            spool.close()
+        _write_index(folder, pa.Table.from_pylist(measured, schema=STORED))
+        return Window(number, begin, drawn is None)
 
-    def _measure(self, file: int, drawn: Any, spool: SpoolWriter) -> list[dict[str, Any]]:
-        error = drawn.error
-        rows: list[dict[str, Any]] = []
-        if error is None:
-            try:
-                ref = spool.add(drawn.row, drawn.origin)
-                rows = measure_row(self.loader, file, ref, drawn.origin, drawn.row, {})
-            except DataError as found:
-                error = found
-        if error is not None:
-            rows = [wrong_row(drawn.origin, error)]
+    def _is_full(self, read: int, trained: int) -> bool:
+        window, step = self.spec.window, self.spec.samples or 1
+        return read >= window and ((trained > 0 and trained % step == 0) or read >= window + MORE * step)
+
+    def _measure(self, file: int, drawn: StreamRow, spool: SpoolWriter) -> list[dict[str, Any]]:
+        if drawn.row is None:
+            assert drawn.error is not None
+            rows = [wrong_row(drawn.origin, drawn.error)]
+        else:
+            rows = measure_row(self.loader, file, spool.add(drawn.row, drawn.origin), drawn.origin, drawn.row, {})
         for row in rows:
             if row["verdict"] == "fail":
                 if not self.spec.drop_wrong:
-                    raise DataError(row["reason"], row["detail"], remedy="mend the row, or set data.stream.wrong: drop")
+                    problem = str(row["detail"]).removeprefix(f"[{row['reason']}] ")
+                    raise DataError(row["reason"], problem, remedy="mend the row, or set data.stream.wrong: drop")
                 row |= {"verdict": "drop", "detail": str(row["detail"]).split("\n", 1)[0]}
         return rows
 
 
+def _write_index(folder: Path, table: pa.Table) -> None:
+    """All or nothing: a run that goes on makes its window again, and this table is a part of the ledger."""
+    temporary = folder / f".{_INDEX}"
+    with open(temporary, "wb") as file:
+        with pa.ipc.new_file(file, STORED) as out:
+            out.write_table(table)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / _INDEX)
+
+
 @dataclass
 class StreamPipeline:
-    """Steps of packed rows out of a stream; what `Pipeline` is to an index."""
+    """Steps of packed rows out of a stream; what `Pipeline` is to an index. Close `steps`: it ends the processes."""
 
     spec: StreamSpec
     limits: Limits
@@ -168,42 +212,62 @@ class StreamPipeline:
         self._loader: Loader | None = None
 
     def steps(self, start: int = 0, state: dict[str, Any] | None = None) -> Iterator[StepRows]:
-        """From step `start` on; `state` is what `Step.stream` said after the step before."""
+        """From step `start` on; `state` is what `Step.stream` said after the step before. Raises as `WindowMaker` and
+        `Pipeline` do, and RunError RESUME where the window of `state` has other rows now."""
         number, begin, used = (state["window"], state["begin"], state["used"]) if state else (0, None, 0)
-        pool = start_pool(self.workers, self.spec.loader) if self.workers else None
-        windows = (Background if self.workers else _made_here)(self.spec, number, begin)
         samples = state["samples"] if state else 0
+        pool = start_pool(self.workers, self.spec.loader) if self.workers else None
+        windows = Background(self.spec, number, begin) if self.workers else None
+        last, asked = number, time.perf_counter()
         try:
-            for window in windows:
+            for window in windows or WindowMaker(self.spec).windows(number, begin):
+                last = window.number
                 index = window.index(self.spec)
+                rows_are = _mark(index)
+                if state is not None and last == number and rows_are != state["rows"]:
+                    raise self._changed(number)
+                passes = float(min(lane["epoch"] for lane in _used_lanes(self.spec, window)))
                 for rows in self._of_window(window, index, used, pool):
                     used += 1
                     samples += len(rows.step.members)
-                    about = {"window": window.number, "begin": window.begin, "used": used, "samples": samples}
-                    passes = min((lane["epoch"] for lane in window.begin["lanes"]), default=0)
-                    rows.step = Step(start, rows.step.members, float(passes), samples, about)
+                    about = {
+                        "window": last, "begin": window.begin, "used": used, "samples": samples, "rows": rows_are,
+                    }  # fmt: skip
+                    rows.step = Step(start, rows.step.members, passes, samples, about)
+                    rows.wait_seconds = time.perf_counter() - asked
                     start += 1
                     yield rows
+                    asked = time.perf_counter()
                 used = 0
-                (window.folder(self.spec) / f"rows{SUFFIX}").unlink(missing_ok=True)
+                (window.folder(self.spec) / _ROWS).unlink(missing_ok=True)
+            if state is not None and self._now is None:
+                raise self._changed(number)
         finally:
-            if isinstance(windows, Background):
+            if windows is not None:
                 windows.close()
             if pool is not None:
                 pool.shutdown(wait=False, cancel_futures=True)
+            forget_windows(self.spec.folder, last)
+
+    def _changed(self, number: int) -> RunError:
+        return RunError("RESUME", f"the rows of window {number} are not those that the checkpoint was made with",
+                        where=str(window_folder(self.spec.folder, number)),
+                        remedy="restore the training data, or start in a new output folder")  # fmt: skip
 
     def _of_window(
         self, window: Window, index: Index, used: int, pool: ProcessPoolExecutor | None
     ) -> Iterator[StepRows]:
         if not len(index.trainable):
+            if not window.ended:
+                raise _nothing_trains(index)
             return
+        if self._now is not None:
+            self._loader = self._now.loader
         plan = Plan(
             num_samples=len(index.trainable), seed=(self.spec.seed * 1_000_003 + window.number) % 2**63,
             samples=self.spec.samples, tokens=self.spec.tokens, epochs=1,
             num_tokens=index.column("tokens") if self.spec.tokens else None,
         )  # fmt: skip
-        if self._loader is None and not self.workers:
-            self._loader = index.spec.build()
         self._now = Pipeline(
             index, plan, self.limits, self.workers, self.ahead, self.known, self.rank, self.ranks,
             pool=pool, loader=self._loader,
@@ -216,45 +280,81 @@ class StreamPipeline:
         return self._now.reread(members)
 
 
-def _made_here(spec: StreamSpec, number: int, begin: dict[str, Any] | None) -> Iterator[Window]:
-    return WindowMaker(spec).windows(number, begin)
+def _mark(index: Index) -> str:
+    """What the samples of a window say and show, in short."""
+    return hashlib.blake2b(np.ascontiguousarray(index.column("digest")).data, digest_size=8).hexdigest()
+
+
+def _used_lanes(spec: StreamSpec, window: Window) -> list[dict[str, Any]]:
+    lanes = zip(window.begin["lanes"], spec.lanes, strict=True)
+    return [state for state, lane in lanes if lane.share > 0 and lane.shards]
+
+
+def _nothing_trains(index: Index) -> DataError:
+    """A stream without end could go on like this for ever."""
+    reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(index.dropped["reason"].to_pylist()).most_common())
+    first = "".join(
+        f"\n  {r['origin']}: {r['reason']} {r['detail'] or ''}" for r in index.dropped.slice(0, 10).to_pylist()
+    )
+    return DataError("NO_SAMPLES", f"none of {index.num_rows} rows of a window can be trained: {reasons}{first}",
+                     remedy="TOO_LONG: raise data.max_tokens or lower data.max_pixels; else mend the rows")  # fmt: skip
 
 
 class Background:
-    """Windows made by a process of its own, one ahead."""
+    """Windows made by a process of its own: the next one while the one before is in use."""
 
     def __init__(self, spec: StreamSpec, number: int, begin: dict[str, Any] | None):
         context = multiprocessing.get_context("fork")
-        self._queue: Any = context.Queue(1)
-        self._process = context.Process(target=_make_windows, args=(spec, number, begin, self._queue), daemon=True)
+        self._mine, its = context.Pipe()
+        self._process = context.Process(
+            target=_make_windows, args=(spec, number, begin, its, self._mine), daemon=True, name="lensmith-stream"
+        )
         self._process.start()
+        its.close()
 
     def __iter__(self) -> Iterator[Window]:
         """Raises what the process met, and `RunError` DATA_WORKER when it died."""
         while True:
+            wait([self._mine, self._process.sentinel])
             try:
-                found = self._queue.get(timeout=1.0)
-            except queue.Empty:
-                if self._process.is_alive():
-                    continue
-                raise RunError("DATA_WORKER", "the process that reads the stream died",
-                               remedy="look for an out-of-memory kill; lower data.stream.window") from None  # fmt: skip
-            if isinstance(found, UserError):
-                raise found
-            if found is None:
-                return
+                found = self._mine.recv()
+                if found is None:
+                    return
+                if isinstance(found, UserError):
+                    raise found
+                self._mine.send(None)  # make the next one
+            except (EOFError, ConnectionError):
+                raise self._died() from None
             yield found
 
-    def close(self) -> None:
-        self._process.kill()  # it has the loop's signal handlers, which answer SIGTERM by remembering it
+    def _died(self) -> Exception:
         self._process.join()
+        code = self._process.exitcode or 0
+        if code >= 0:
+            return RuntimeError("the process that reads the stream failed; its traceback stands above")
+        return RunError("DATA_WORKER", f"the process that reads the stream died of {signal.Signals(-code).name}",
+                        remedy="look for an out-of-memory kill; lower data.stream.window")  # fmt: skip
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+        self._mine.close()
 
 
-def _make_windows(spec: StreamSpec, number: int, begin: dict[str, Any] | None, out: Any) -> None:
+def _make_windows(spec: StreamSpec, number: int, begin: dict[str, Any] | None, out: Any, parents: Any) -> None:
+    parents.close()
+    # forked with the loop's handlers. Ctrl-C reaches every process of a terminal: the loop answers it, with a save
+    for ignored in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         for window in WindowMaker(spec).windows(number, begin):
-            out.put(window)
-        out.put(None)
+            out.send(window)
+            out.recv()
+        out.send(None)
     except UserError as error:
-        out.put(error)
+        out.send(error)
+    except (EOFError, ConnectionError):  # nobody listens any more
+        pass

@@ -34,7 +34,8 @@ def data(located: Located, terminal: Terminal, *, hashes: bool = False, output: 
     contents = Contents() if hashes else None
     stages: list[Record] = []
     for stage in located.stages:
-        record = _stage(stage, terminal, contents)
+        with stage.saying_which():
+            record = _stage(stage, terminal, contents)
         if not record["streamed"]:
             which, steps = f"stage {record['name']}: " if record["name"] else "", record["steps"]
             text = f"{which}{steps:,} steps, {record['samples_drawn']:,} samples drawn"
@@ -48,7 +49,7 @@ def data(located: Located, terminal: Terminal, *, hashes: bool = False, output: 
     whole = json.dumps(json.loads(json_line(found)), indent=1)
     replaced(folder / "data.json", lambda path: path.write_text(whole + "\n", encoding="ascii"))
     page = write_data_page(folder, found)
-    terminal.event("data", f"page {page}", page=str(page), json=str(folder / "data.json"))
+    terminal.event("data_page", f"page {page}", page=str(page), json=str(folder / "data.json"))
     return found
 
 

@@ -51,11 +51,12 @@ def _group(path: str, model: type[BaseModel], seen: dict[type[BaseModel], str]) 
         yield ""
     for name, field in shown.items():
         here = f"{path.partition(':')[0]}.{name}".removeprefix(".") + _inside(field)
-        for group in models_in(field):
-            if group in seen:
-                yield f"{_title(here)}\nThe keys of [`{seen[group]}`](#{_anchor(seen[group])}).\n"
-            else:
-                yield from _group(f"{here}: {_kind(group)}" if _kind(group) else here, group, seen)
+        groups = models_in(field)
+        if known := list(dict.fromkeys(seen[group] for group in groups if group in seen)):
+            told = ", ".join(f"[`{path}`](#{_anchor(path)})" for path in known)
+            yield f"{_title(here)}\nThe keys of {told}.\n"
+        for group in (g for g in groups if g not in seen):
+            yield from _group(f"{here}: {_kind(group)}" if _kind(group) else here, group, seen)
 
 
 def _heading(path: str, model: type[BaseModel]) -> str:

@@ -33,6 +33,8 @@ def figures(stage: Record) -> dict[str, Figure]:
 
 
 def _lengths(sources: Sequence[Record], width: int, colors: Mapping[str, str]) -> Figure | None:
+    from matplotlib.ticker import MaxNLocator
+
     known = sorted((s for s in sources if s["lengths"]), key=lambda s: -s["samples"])
     if not known:
         return None
@@ -50,7 +52,7 @@ def _lengths(sources: Sequence[Record], width: int, colors: Mapping[str, str]) -
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(_thousands)
     axes.xaxis.set_major_formatter(_thousands)
     finish(figure, axes)
@@ -73,15 +75,8 @@ def _sizes(sources: Sequence[Record], colors: Mapping[str, str]) -> Figure | Non
     for source in known:
         wide, high, counts = np.array(source["pictures"]["sizes"]).T
         sides += [*wide.tolist(), *high.tolist()]
-        axes.scatter(
-            wide,
-            high,
-            s=8 + 152 * counts / most,
-            color=colors[source["name"]],
-            alpha=0.45,
-            linewidths=0,
-            label=_name(source),
-        )
+        area, color = 8 + 152 * counts / most, colors[source["name"]]
+        axes.scatter(wide, high, s=area, color=color, alpha=0.45, linewidths=0, label=_name(source))
     if max(sides) > 8 * min(sides):
         axes.set_xscale("log")
         axes.set_yscale("log")
