@@ -431,9 +431,9 @@ def test_figures_of_every_stage(finished: Path, data: Data) -> None:
     assert stages["last"]["samples"]["held_out"] > 0 and stages["text"]["samples"]["read"] > 8  # documents are cut
     total = {k: sum(s["samples"][k] for s in stages.values()) for k in ("read", "train", "dropped", "held_out")}
     assert total == {k: summary["samples"][k] for k in total} and len(table) == total["read"]
-    assert [(s["stage"], s["samples"]) for s in summary["sources"]] == [
-        ("text", 9), ("stops", 6), ("last", 2), ("last", 7),
-    ]  # fmt: skip - draws of 1:3, earliest deadline first: chat chat docs chat, twice, and chat
+    # draws of 1:3, earliest deadline first: chat chat docs chat, twice, and chat
+    found = [(s["stage"], s["samples"]) for s in summary["sources"]]
+    assert found == [("text", 9), ("stops", 6), ("last", 2), ("last", 7)]
 
 
 def test_the_run_file_in_the_run_folder_is_the_run(run: Path, finished: Path) -> None:

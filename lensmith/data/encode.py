@@ -293,8 +293,10 @@ class Encoder:
         """A token is trained where its first character is: one that merges a border belongs to the template."""
         text = "".join(r.text for r in run)
         ids, starts, whole = self.tokenizer.plain(text)
-        flags = np.repeat([r.trained for r in run], [len(r.text) for r in run])
-        trained = flags[starts] if len(ids) else np.zeros(0, bool)
+        if len({r.trained for r in run}) == 1:
+            trained = np.full(len(ids), run[0].trained)
+        else:
+            trained = np.repeat([r.trained for r in run], [len(r.text) for r in run])[starts]
         return Tokens(ids, trained, _kinds(len(ids), TEXT), (), np.where(whole, starts, -1))
 
 

@@ -9,7 +9,7 @@ import math
 import os
 import platform
 import subprocess
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from lensmith.checkpoint.store import Damaged, Store, read_manifest
 from lensmith.core.errors import RunError
 from lensmith.data.index import LEDGER, LEDGER_SCHEMA
-from lensmith.data.windows import read_window
+from lensmith.data.windows import number_of, read_window, trained_rows
 from lensmith.engine.loop import Progress
 from lensmith.recipe.build import Built
 from lensmith.recipe.prepare import Prepared
@@ -113,11 +113,11 @@ def versions(prepared: Prepared) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Part:
-    """A stage as ledger and summary see it: what was prepared, the samples dropped at load (origin -> reason, detail),
-    and the folder of a stream's windows with the last one in use."""
+    """A stage as ledger and summary see it: what was prepared, the samples dropped at load (as `dropped` gives them),
+    and the windows of a stream up to the last one in use."""
 
     prepared: Prepared
-    dropped: dict[str, tuple[str, str]]
+    dropped: dict[Any, tuple[str, str]]
     counts: dict[str, Any]
     windows: Sequence[Path] = ()
 
@@ -148,12 +148,15 @@ def _indexed(part: Part) -> Iterator[pa.RecordBatch]:
 def _streamed(part: Part) -> Iterator[pa.RecordBatch]:
     assert part.prepared.stream is not None
     names = pa.array([f.source for f in part.prepared.stream.loader.files])
+    dropped: dict[int, dict[int, tuple[str, str]]] = defaultdict(dict)
+    for (window, sample), why in part.dropped.items():
+        dropped[window][sample] = why
     for folder in part.windows:
         table = read_window(folder)
         columns = [names.take(table["file"].combine_chunks()), *(table[n].combine_chunks() for n in LEDGER)]
         batch = pa.RecordBatch.from_arrays(columns, schema=LEDGER_SCHEMA)
-        origins = table["origin"].to_pylist() if part.dropped else []
-        yield _settled(batch, None, {i: part.dropped[o] for i, o in enumerate(origins) if o in part.dropped})
+        rows = trained_rows(table)
+        yield _settled(batch, None, {int(rows[sample]): why for sample, why in dropped[number_of(folder)].items()})
 
 
 def _named(batch: pa.RecordBatch, stage: str) -> pa.RecordBatch:
@@ -199,10 +202,13 @@ def losses(metrics: Path) -> list[float | None]:
     return [r["loss"] for r in read_metrics(metrics) if r.get("kind") == "step"]
 
 
-def dropped(metrics: Path, stage: str) -> dict[str, tuple[str, str]]:
-    """Samples of a stage dropped at load so far, by origin, for a resumed run."""
+def dropped(metrics: Path, stage: str) -> dict[Any, tuple[str, str]]:
+    """Samples of a stage dropped at load so far, for a resumed run: by origin, those of a stream by (window, number in
+    it)."""
     events = [r for r in read_metrics(metrics) if r.get("name") == "dropped" and r.get("stage", "") == stage]
-    return {r["origin"]: (r["reason"], r["detail"]) for r in events}
+    return {
+        (r["window"], r["sample"]) if "window" in r else r["origin"]: (r["reason"], r["detail"]) for r in events
+    }
 
 
 def best_step(

@@ -19,7 +19,7 @@ from lensmith.recipe.identity import check_identity, identity_of_done
 from lensmith.recipe.prepare import Prepared, prepare, require_steps
 from lensmith.recipe.run import Located
 from lensmith.recipe.stage import StageRun, Start
-from lensmith.recipe.stream import OpenStream
+from lensmith.recipe.stream import OpenStream, stream_folder
 from lensmith.recipe.train import Clock
 from lensmith.report.metrics import MetricsWriter
 from lensmith.report.page import write_report
@@ -76,6 +76,8 @@ class Session:
         self.store.clean()
         start = self._start()
         self._require_steps()
+        for number in range(self._number + 1, self.num_stages):  # an attempt that ended before its first checkpoint
+            shutil.rmtree(stream_folder(self.output, number), ignore_errors=True)
         for number in range(self._number, self.num_stages):
             with self.located.stages[number].saying_which():
                 start = self._run_stage(number, start)

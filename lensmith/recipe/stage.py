@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from lensmith.checkpoint.export import write_adapter, write_model
 from lensmith.checkpoint.store import Published, write_atomically
-from lensmith.core.errors import DataError
+from lensmith.core.errors import DataError, UserError
 from lensmith.data.pipeline import Pipeline, StepRows, no_picture_known
 from lensmith.data.windows import StreamPipeline
 from lensmith.engine.loop import Callbacks, Loop, Progress
@@ -88,9 +89,11 @@ class StageRun:
         self.prepared = prepared if base is None else replace(prepared, model_folder=base, has_added_tokens=True)
         self.run_file = prepared.located.run
         self.name = prepared.located.stage_name
-        self.dropped: dict[str, tuple[str, str]] = {}
-        """Origin -> reason and detail of samples dropped at load."""
+        self.dropped: dict[Any, tuple[str, str]] = {}
+        """Origin (of a stream: window and number in it) -> reason and detail of samples dropped at load."""
         self.stream = None if prepared.stream is None else OpenStream(prepared.stream, self.output, number)
+        self.trouble: UserError | None = None
+        """What ended the stream."""
         self.fill: list[float] = []
         self.held: HeldOut | None = None
 
@@ -176,18 +179,41 @@ class StageRun:
             callbacks=Callbacks(self._log, self._evaluate, self._save, self._refresh, self._event), progress=progress,
         )  # fmt: skip
         remaining = self.total - progress.step
-        with self.terminal.progress(f"Training {self.name}".strip(), remaining) as self.bar:
+        with self.terminal.progress(f"Training {self.name}".strip(), remaining) as self.bar, closing(all_steps):
             steps = islice(all_steps, 1 if dry_run else remaining)
             if remaining > 0 and not loop.is_over:  # the run was made longer, or fell back
                 self.session.forget_figures(self.number)
-            loop.run(steps)
+            loop.run(self._readable(steps))
+        if self.stream is not None and not dry_run:
+            self._end_stream(self.stream, loop.is_over)
         self.clock.lap("train")
         if self.held is not None and not dry_run and "after" not in self.heldout:
             self._record_eval(progress, self.held.measure("after"))
         self.clock.lap("evaluate")
 
-    def _pipeline(self) -> tuple[Any, Iterator[StepRows]]:
-        """What reads rows, and the steps from here on."""
+    def _readable(self, steps: Iterator[StepRows]) -> Iterator[StepRows]:
+        """Of a stream, the steps up to what ends it: they are saved before that is said."""
+        try:
+            yield from steps
+        except UserError as error:
+            if self.stream is None:
+                raise
+            self.trouble = error
+
+    def _end_stream(self, stream: OpenStream, stopped_early: bool) -> None:
+        stream.is_over()
+        if self.trouble is not None:
+            self.session.write_ledger()
+            raise self.trouble
+        done = self.progress.step
+        if not done:
+            raise DataError("NO_SAMPLES", "the stream ended without a sample that can be trained",
+                            remedy="look at the sources, and at data.stream.wrong")  # fmt: skip
+        if done < self.total and not stopped_early:
+            self.terminal.warning(f"the stream ended after step {done} of {self.total}")
+
+    def _pipeline(self) -> tuple[Any, Any]:
+        """What reads rows, and a generator of the steps from here on."""
         cache, workers = self.built.root.cache, data_workers(self.run_file)
         known, p = no_picture_known if cache is None else cache.known, self.progress
         if self.stream is not None:
@@ -285,12 +311,15 @@ class StageRun:
 
     def _note_dropped(self, p: Progress, data: Any) -> None:
         for number, reason, detail in data.dropped:
-            origin = data.index.origin(number)
-            if origin not in self.dropped:
+            key = origin = data.index.origin(number)
+            about = {"step": self._at(p), **self._stage, "origin": origin, "reason": reason, "detail": detail}
+            if self.stream is not None:  # each pass over a row is a row of the ledger
+                key = data.step.stream["window"], number
+                about |= {"window": key[0], "sample": number}
+            if key not in self.dropped:
                 self.terminal.warning(f"{origin} is dropped at load: {reason} {detail}")
-                about = {"step": self._at(p), **self._stage, "origin": origin, "reason": reason, "detail": detail}
                 self.session.sinks.write({"kind": "event", "name": "dropped", **about})
-            self.dropped[origin] = (reason, detail)
+            self.dropped[key] = (reason, detail)
 
     def counts(self) -> dict[str, Any]:
         """Of the rows read so far: all of an index, the windows of a stream."""

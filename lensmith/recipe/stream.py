@@ -23,8 +23,6 @@ from lensmith.data.windows import (
     forget_windows,
     number_of,
     read_window,
-    trained_rows,
-    window_folder,
     window_folders,
 )
 from lensmith.recipe.run import Located
@@ -84,10 +82,6 @@ class FirstRows:
                 yield row
                 if row.number + 1 >= self.most:
                     return
-
-
-Dropped = dict[tuple[int, int], tuple[str, str]]
-"""(window, number of the sample in it) -> reason and detail of what was dropped at load."""
 
 
 class OpenStream:
