@@ -42,6 +42,10 @@ QUIET = Terminal("quiet")
 GOOD = {"messages": [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A cat."}]}
 
 
+def checked(located: Located, terminal: Terminal) -> Prepared:
+    return check(located, terminal)[0]
+
+
 def chat(content: Any, *images: Any, answer: str = "yes", **more: Any) -> dict[str, Any]:
     row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}], **more}
     return {**row, "images": list(images)} if images else row
@@ -88,7 +92,7 @@ class Row:
 
 def both_ways(located: Located) -> list[Row]:
     """Check and train; the rows in order. They must agree and the counts must add up."""
-    prepared = check(located, QUIET)
+    prepared = checked(located, QUIET)
     outcome = runs.quiet_train(located)
     ledger = pq.read_table(outcome.folder / "ledger.parquet").to_pylist()
     samples = outcome.summary["samples"]
@@ -174,7 +178,7 @@ def test_notes_of_headers_are_counted(
     folder, _ = pictures
     names = ["B16.jpg", "B17.png", "B19.png", "B20-LA.png", "B22-nine.jpg", "B28.jpg", "B29.jpg", "B23.gif", "B08.jpg"]
     file = write(folder / "train.jsonl", *map(picture, names), chat("<image> <image> both", "B19.png", "B17.png"))
-    prepared = check(run(file, data={"image": {"frames": "first"}}), QUIET)
+    prepared = checked(run(file, data={"image": {"frames": "first"}}), QUIET)
     counts = {note: count for note, (count, _) in prepared.read.notes().items()}
     assert counts == {"16bit": 2, "alpha": 3, "cmyk": 1, "exif_bad": 1, "ext": 1, "first_frame": 1, "icc": 1}
     assert prepared.read.notes()["alpha"] == (3, f"{file}:3")
@@ -215,7 +219,7 @@ def test_things_that_are_no_files(tmp_path: Path, run: Callable[..., Located]) -
     (tmp_path / "loop.png").symlink_to("loop.png")
     paths = ["fifo.png", "folder.png", "loop.png", "/dev/zero", "/proc/self/environ", "missing.png"]
     begin = time.monotonic()
-    prepared = check(run(write(tmp_path / "t.jsonl", GOOD, *map(picture, paths)), data={"media_roots": ["/"]}), QUIET)
+    prepared = checked(run(write(tmp_path / "t.jsonl", GOOD, *map(picture, paths)), data={"media_roots": ["/"]}), QUIET)
     assert time.monotonic() - begin < 5, "a FIFO or a device was opened"
     assert prepared.read.table["reason"].to_pylist() == [None, *["PATH_KIND"] * 5, "IMG_MISSING"]
 
@@ -384,7 +388,7 @@ def test_text_is_never_taken_for_more_than_text(tmp_path: Path, run: Callable[..
     ]  # fmt: skip
     file = write(tmp_path / "t.jsonl", *(chat(t, answer=t) for t in texts), chat([{"type": "text", "text": "<image>"}]))
     located = run(file, data={"max_tokens": 4096}, batch={"device_tokens": 4096})
-    prepared = check(located, QUIET)
+    prepared = checked(located, QUIET)
     noted = [list(n) for n in prepared.read.table["notes"].to_pylist()]
     assert noted == [["special_in_text"], ["special_in_text"], *[[]] * 5]
     loader = prepared.read.spec.build()
@@ -401,7 +405,7 @@ def test_text_is_never_taken_for_more_than_text(tmp_path: Path, run: Callable[..
 def test_a_megabyte_without_spaces_is_done_soon(tmp_path: Path, run: Callable[..., Located]) -> None:
     file = write(tmp_path / "t.jsonl", GOOD, chat("a" * (1 << 20)), chat("a" * (1 << 20) + "a"))
     begin = time.process_time()
-    prepared = check(run(file), QUIET)
+    prepared = checked(run(file), QUIET)
     assert time.process_time() - begin < 20
     assert prepared.read.table["reason"].to_pylist() == [None, "TOO_LONG", "TEXT_BYTES"]
 
@@ -424,7 +428,7 @@ def test_too_long_says_how_long(tmp_path: Path, run: Callable[..., Located]) -> 
     located = run(write(tmp_path / "t.jsonl", *rows))
     found = both_ways(located)
     assert [r.after for r in found] == ["SKIP(TOO_LONG)", "SKIP(TOO_LONG)", "OK"]
-    longer = check(
+    longer = checked(
         run(tmp_path / "t.jsonl", data={"max_tokens": 4096}, batch={"device_tokens": 4096}), QUIET
     ).read.table
     for position in (0, 1):
@@ -453,8 +457,8 @@ def test_cut_keeps_whole_messages_and_whole_pictures(tmp_path: Path, run: Callab
     file = write(tmp_path / "t.jsonl", *rows)
     cut = run(file, data={"too_long": "cut", "max_tokens": 200})
     assert [r.after for r in both_ways(cut)] == ["OK", "OK", "SKIP(TOO_LONG)", "SKIP(TOO_LONG)", "OK"]
-    prepared: Prepared = check(cut, QUIET)
-    whole = check(run(file, data={"max_tokens": 4096}, batch={"device_tokens": 4096}), QUIET)
+    prepared: Prepared = checked(cut, QUIET)
+    whole = checked(run(file, data={"max_tokens": 4096}, batch={"device_tokens": 4096}), QUIET)
     kept = {0: (2, 0), 1: (4, 2), 4: (2, 0)}
     for position, (messages, images) in kept.items():
         loader, other = prepared.read.spec.build(), whole.read.spec.build()
@@ -515,12 +519,12 @@ def test_held_out_rows_that_stand_in_the_training_data(
     held = write(tmp_path / "held.jsonl", *(chat(f"question {i}") for i in range(4, 9)))
     located = run(train, data={"eval": str(held)})
     said = "2 of 5 held-out samples stand in the training data too (EVAL_IN_TRAIN)"
-    assert check(located, QUIET).notes == (said,)
+    assert checked(located, QUIET).notes == (said,)
     assert f"warning: {said}" in capsys.readouterr().err
     runs.quiet_train(located)
     assert f"warning: {said}" in capsys.readouterr().err
     clean = run(train, data={"eval": str(write(tmp_path / "new.jsonl", chat("other")))})
-    assert check(clean, QUIET).notes == ()
+    assert checked(clean, QUIET).notes == ()
 
 
 # --- the limit of dropped rows ----------------------------------------------------------------------------------------

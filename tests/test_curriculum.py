@@ -683,11 +683,11 @@ def test_dry_run_check_and_show(tmp_path: Path, qwen25: Path, data: Data, capsys
     events = [parse_value(line) for line in capsys.readouterr().out.splitlines()]
     assert [e["stage"] for e in events if e.get("event", e.get("kind")) == "stage"] == ["text", "chat", "last"]
     assert sum(e.get("event", e.get("kind")) == "plan" for e in events) == 3
-    for stage_of, name in ((located, "docs"), (located.stage_named("chat"), "train")):
+    for stage_of, name in ((located, "docs"), (located.of("chat"), "train")):
         show(stage_of, 0, Terminal("json"))
         assert f"{name}.jsonl:1" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"STAGE.*'large'"):
-        located.stage_named("large")
+        located.of("large")
 
 
 def test_check_and_train_see_every_stage_first(tmp_path: Path, qwen25: Path, data: Data) -> None:

@@ -22,7 +22,7 @@ from lensmith.config.build import apply_overrides, build
 from lensmith.config.yaml_file import Tree, parse_tree
 from lensmith.data.formats import detect
 from lensmith.recipe.options import options_page
-from lensmith.recipe.run import Run, load_run
+from lensmith.recipe.run import Run, from_tree, load_run
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lensmith"
@@ -135,7 +135,7 @@ def option_tables() -> dict[str, list[str]]:
 def test_run_files_in_the_pages(text: str) -> None:
     """Each block is a run file, or a part of one."""
     tree = parse_tree(text, "page")
-    build(Run, Tree({**MINIMAL, **tree.values}, "page", tree.lines))
+    from_tree(Tree({**MINIMAL, **tree.values}, "page", tree.lines), None)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*.yaml")), ids=lambda path: path.name)

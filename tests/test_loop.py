@@ -111,7 +111,7 @@ class Data:
 
     @property
     def step(self) -> Any:
-        return SimpleNamespace(number=self.number, cursor=self.number + 1, epoch=0.0)
+        return SimpleNamespace(number=self.number, cursor=self.number + 1, epoch=0.0, stream=None)
 
 
 @dataclass

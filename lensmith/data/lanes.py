@@ -102,8 +102,9 @@ class Lane:
                 raise
             return None if error.code == "NO_ROWS" else StreamRow(read, error.where or shard.name, None, error), False
         except OSError as error:
-            raise DataError("SHARD", f"it cannot be read: {error.strerror or error}", where=shard.name,
-                            remedy="put it back and run again: the run goes on where it was saved") from None  # fmt: skip
+            remedy = "put it back and run again: the run goes on where it was saved"
+            problem = f"the shard cannot be read: {error.strerror or error}"
+            raise DataError("SHARD", problem, where=shard.name, remedy=remedy) from None
 
     def _shard_at(self, place: int) -> int:
         """The shard at a place of this pass's order."""

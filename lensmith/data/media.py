@@ -63,7 +63,7 @@ class ImageLimits(Part):
     """Largest ratio of the longer to the shorter side (Qwen's processors refuse more than 200)."""
 
     max_images: int = Field(default=16, gt=0)
-    """Largest number of pictures in one sample."""
+    """Largest number of pictures in one sample. A document with more (videos count too) is cut."""
 
     formats: tuple[Format, ...] = Field(default=DEFAULT_FORMATS, min_length=1)
     """Accepted formats, told by content, not by file name. TIFF can be added."""

@@ -28,7 +28,7 @@ class Source(Part):
     weight: float = Field(default=1.0, ge=0)
     """Weight of this source's tokens in the loss."""
     max_samples: int | None = Field(default=None, ge=1)
-    """Read only the first so many rows."""
+    """Read only the first so many rows of each file."""
     share: float = Field(default=1.0, ge=0)
     """How much of the mixture this source is, against the others' shares (see `data.mixture`)."""
     epochs: float | None = Field(default=None, gt=0)

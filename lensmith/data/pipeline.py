@@ -161,7 +161,7 @@ class Pipeline:
             yield from self._ahead(pool, plan)
         finally:
             if self.pool is None:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(wait=True, cancel_futures=True)
 
     def pictures(self, patches: int) -> Iterator[tuple[int, PackedRow]]:
         """(samples done, row) over all samples with pictures in index order, about `patches` patches a row: for

@@ -263,14 +263,9 @@ class StreamPipeline:
             return
         if self._now is not None:
             self._loader = self._now.loader
-        plan = Plan(
-            num_samples=len(index.trainable), seed=(self.spec.seed * 1_000_003 + window.number) % 2**63,
-            samples=self.spec.samples, tokens=self.spec.tokens, epochs=1,
-            num_tokens=index.column("tokens") if self.spec.tokens else None,
-        )  # fmt: skip
         self._now = Pipeline(
-            index, plan, self.limits, self.workers, self.ahead, self.known, self.rank, self.ranks,
-            pool=pool, loader=self._loader,
+            index, window_plan(self.spec, window.number, index), self.limits, self.workers, self.ahead, self.known,
+            self.rank, self.ranks, pool=pool, loader=self._loader,
         )  # fmt: skip
         yield from self._now.steps(used)
 
@@ -278,6 +273,14 @@ class StreamPipeline:
         """A row of the window in use, with all its pixels."""
         assert self._now is not None
         return self._now.reread(members)
+
+
+def window_plan(spec: StreamSpec, number: int, index: Index) -> Plan:
+    """The steps of a window."""
+    return Plan(
+        num_samples=len(index.trainable), seed=(spec.seed * 1_000_003 + number) % 2**63, samples=spec.samples,
+        tokens=spec.tokens, epochs=1, num_tokens=index.column("tokens") if spec.tokens else None,
+    )  # fmt: skip
 
 
 def _mark(index: Index) -> str:

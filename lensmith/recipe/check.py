@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 
-from lensmith.recipe.prepare import Prepared, prepare, require_steps
+from lensmith.core.errors import DataError
+from lensmith.data.pipeline import Pipeline
+from lensmith.data.plan import Plan
+from lensmith.data.windows import StreamSpec, WindowMaker, window_plan
+from lensmith.recipe.prepare import Prepared, check_counts, prepare, require_steps
 from lensmith.recipe.run import Located
 from lensmith.report.tables import Table
 from lensmith.report.terminal import Terminal
@@ -12,8 +20,9 @@ from lensmith.report.terminal import Terminal
 SHOWN_DROPS = 50
 
 
-def check(located: Located, terminal: Terminal) -> None:
-    """Raises `UserError` for what would stop the run, in any of its stages."""
+def check(located: Located, terminal: Terminal) -> list[Prepared]:
+    """What each stage prepares. Raises `UserError` for what would stop the run, in any of them."""
+    found: list[Prepared] = []
     for sink in located.run.log.sinks:
         sink.check()
     for number, stage in enumerate(located.stages):
@@ -21,21 +30,54 @@ def check(located: Located, terminal: Terminal) -> None:
             text = f"stage {number + 1} of {len(located.stages)}: {stage.stage_name}"
             terminal.event("stage", text, stage=stage.stage_name)
         with stage.saying_which():
-            _check_stage(stage, terminal)
+            found.append(prepare(stage, terminal))
+            _check_stage(found[-1], terminal)
+    return found
 
 
-def _check_stage(located: Located, terminal: Terminal) -> None:
-    prepared = prepare(located, terminal)
+def _check_stage(prepared: Prepared, terminal: Terminal) -> None:
+    if prepared.stream is not None:
+        with tempfile.TemporaryDirectory(prefix="lensmith-check-") as folder:
+            _check_stream(prepared, replace(prepared.stream, folder=Path(folder)), terminal)
+        return
+    _show(prepared, terminal)
+    steps = prepared.plan.num_steps()
+    require_steps(prepared, steps)
+    _show_plan(prepared, prepared.plan, f"{steps:,} steps", steps, terminal)
+
+
+def _check_stream(prepared: Prepared, spec: StreamSpec, terminal: Terminal) -> None:
+    """The first window stands for the whole."""
+    window = next(WindowMaker(spec).windows(0, None), None)
+    if window is None:
+        raise DataError("NO_ROWS", "the stream holds no rows", remedy="look at data.train")
+    index, run = window.index(spec), prepared.located.run
+    counts, whole = index.counts(), "the whole stream" if window.ended else "the first window of the stream"
+    text = f"{whole}: read {counts['read']:,} = train {counts['train']:,} + dropped {counts['dropped']:,}"
+    terminal.event("stream", text, ended=window.ended, **counts)
+    for note in check_counts(run.data, index, index):
+        terminal.warning(note)
+    plan, steps = window_plan(spec, 0, index), run.train.max_steps or 0
+    found = plan.num_steps()
+    if window.ended and found < steps:
+        terminal.warning(f"the stream ends after step {found} of {steps}")
+    first = replace(prepared, read=index, train=index)
+    _show(first, terminal)
+    _show_plan(first, plan, f"{steps:,} steps at most", steps, terminal)
+
+
+def _show(prepared: Prepared, terminal: Terminal) -> None:
     _show_data(prepared, terminal)
     _show_dropped(prepared, terminal)
     _show_notes(prepared, terminal)
-    steps = prepared.plan.num_steps()
-    require_steps(prepared, steps)
-    first = next(prepared.plan.steps())
-    packed = _rows_of_first_steps(prepared)
+
+
+def _show_plan(prepared: Prepared, plan: Plan, text: str, steps: int, terminal: Terminal) -> None:
+    first = next(plan.steps())
+    packed = _rows_of_first_steps(prepared, plan)
     terminal.event(
         "plan",
-        f"{steps:,} steps of {len(first.members)} samples; about {packed:.1f} packed rows of at most "
+        f"{text} of {len(first.members)} samples; about {packed:.1f} packed rows of at most "
         f"{prepared.limits.device_tokens:,} tokens a step",
         steps=steps, rows_per_step=packed,
     )  # fmt: skip
@@ -79,9 +121,7 @@ def _by_source(prepared: Prepared) -> list[tuple[str, np.ndarray]]:
     return [(name, mask) for name, mask in found if mask.any()]
 
 
-def _rows_of_first_steps(prepared: Prepared, count: int = 10) -> float:
-    from lensmith.data.pipeline import Pipeline
-
-    pipeline = Pipeline(prepared.train, prepared.plan, prepared.limits)
-    found = [len(pipeline.rows_of(step)) for step, _ in zip(prepared.plan.steps(), range(count), strict=False)]
+def _rows_of_first_steps(prepared: Prepared, plan: Plan, count: int = 10) -> float:
+    pipeline = Pipeline(prepared.train, plan, prepared.limits)
+    found = [len(pipeline.rows_of(step)) for step, _ in zip(plan.steps(), range(count), strict=False)]
     return float(np.mean(found))

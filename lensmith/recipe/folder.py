@@ -206,9 +206,7 @@ def dropped(metrics: Path, stage: str) -> dict[Any, tuple[str, str]]:
     """Samples of a stage dropped at load so far, for a resumed run: by origin, those of a stream by (window, number in
     it)."""
     events = [r for r in read_metrics(metrics) if r.get("name") == "dropped" and r.get("stage", "") == stage]
-    return {
-        (r["window"], r["sample"]) if "window" in r else r["origin"]: (r["reason"], r["detail"]) for r in events
-    }
+    return {(r["window"], r["sample"]) if "window" in r else r["origin"]: (r["reason"], r["detail"]) for r in events}
 
 
 def best_step(

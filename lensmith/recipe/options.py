@@ -32,7 +32,7 @@ key, a wrong type or a value out of range is an error that names the line and th
 
 The rows of a table below are keys of the mapping that its heading names.
 """
-_PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
+_PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null", Any: "anything"}
 
 
 def options_page() -> str:

@@ -123,7 +123,7 @@ def prepare(located: Located, terminal: Terminal, indexing: Indexing | None = No
         held = index_of(run.data.eval, "held-out data")
     elif run.data.holdout > 0:
         train, held = hold_out(read, run.data.holdout, run.train.seed)
-    notes = list(_check_counts(run.data, read, train)) if stream is None else []
+    notes = list(check_counts(run.data, read, train)) if stream is None else []
     if held is not None and not len(held.trainable):
         raise DataError("NO_ROWS", "no held-out sample can be used", remedy="look at the ledger; raise data.holdout")
     if held is not None and (both := seen_in_training(train, held)):
@@ -280,7 +280,7 @@ def _roots(data: Data, folder: Path) -> list[str]:
     return roots
 
 
-def _check_counts(data: Data, read: Index, train: Index) -> list[str]:
+def check_counts(data: Data, read: Index, train: Index) -> list[str]:
     counts = read.counts()
     if not counts["read"]:
         raise DataError("NO_ROWS", "the training data has no rows")

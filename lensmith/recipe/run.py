@@ -209,14 +209,6 @@ class Located:
         """Empty for a run without stages."""
         return self.stage.name if self.stage is not None else ""
 
-    def stage_named(self, name: str) -> Located:
-        """A stage of a curriculum. Raises `ConfigError` STAGE."""
-        names = [stage.stage_name for stage in self.stages if stage.stage is not None]
-        if name not in names:
-            remedy = f"stages: {', '.join(names)}" if names else "this run has no stages"
-            raise ConfigError("STAGE", f"there is no stage {name!r}", remedy=remedy)
-        return self.stages[names.index(name)]
-
     @contextmanager
     def saying_which(self) -> Iterator[None]:
         """Errors that are raised meanwhile name the stage."""

@@ -18,6 +18,9 @@ from lensmith.report.terminal import Terminal
 def show(located: Located, number: int, terminal: Terminal) -> None:
     """Print sample `number` (over the rows read) or why it is dropped. Raises ConfigError SAMPLE."""
     quiet = Terminal("quiet")
+    if located.run.data.stream is not None:
+        raise ConfigError("SAMPLE", "the rows of a stream have no numbers: they are read as they are trained",
+                          remedy="give it the override data.stream=null, or look at `lensmith check`")  # fmt: skip
     prepared = prepare(located, quiet)
     total = prepared.read.num_rows
     if not 0 <= number < total:
