@@ -84,7 +84,7 @@ class HeldOut:
     def _extra(self, samples: Sequence[int], answered: list[Answered]) -> dict[str, Any]:
         assert self.answers is not None
         extra: dict[str, Any] = {"n": len(answered)}
-        if self.answers.rule.baseline:
+        if self.answers.rule.baseline and self.prepared.stream is None:  # it needs all answers of the training data
             extra["baseline"] = self.answers.baseline(self.prepared.train, answered)
         if self.answers.rule.swapped:
             other = self._run(samples, "Answering with swapped pictures", swapped=True)

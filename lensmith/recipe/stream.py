@@ -35,9 +35,6 @@ def stream_spec(located: Located, loader: LoaderSpec) -> StreamSpec:
     """
     run, assumed = located.run, located.run.data.stream
     assert assumed is not None
-    if run.evaluate.generate is not None and run.evaluate.generate.baseline:
-        raise ConfigError("CONFIG", "evaluate.generate.baseline needs all answers of the training data, and a stream "
-                          "is never read as a whole", remedy="set evaluate.generate.baseline: false")  # fmt: skip
     files: list[SourceFile] = []
     lanes: list[LaneSpec] = []
     names: set[str] = set()
