@@ -164,7 +164,8 @@ def _plain_sample(loader: Any, processor: Any, at: Any) -> tuple[dict[str, torch
     ids = torch.from_numpy(encoded.ids_L).long()[None]
     inputs = {"input_ids": ids, "mm_token_type_ids": torch.from_numpy(encoded.kind_L).int()[None]}
     if encoded.images:
-        pictures = [Image.open(loader.path(at.file, b.image.path, sample.origin)).convert("RGB") for b in encoded.images]
+        paths = [loader.path(at.file, b.image.path, sample.origin) for b in encoded.images]
+        pictures = [Image.open(path).convert("RGB") for path in paths]
         inputs |= dict(processor(pictures, return_tensors="pt"))
     labels = torch.where(torch.from_numpy(encoded.trained_L)[None], ids, IGNORED)
     return inputs, labels

@@ -717,7 +717,7 @@ def test_what_a_stream_cannot_do(tmp_path: Path, qwen25: Path, chat: Path, over:
 def test_answers_are_scored_beside_a_stream_without_the_baseline(tmp_path: Path, qwen25: Path, chat: Path) -> None:
     over = {"data": {"eval": str(chat)}, "evaluate": {"generate": {"max_new_tokens": 2}}, "train": {"max_steps": 1}}
     held = runs.quiet_train(streamed(tmp_path / "run", qwen25, str(chat), **over)).summary["heldout"]
-    assert "exact_match" in held["after"] and "swapped" in held and "baseline" not in held
+    assert "exact_match" in held["after"] and held["n"] > 0 and "baseline" not in held
     assert not (tmp_path / "run").exists()
 
 
