@@ -712,13 +712,13 @@ def test_what_a_stream_cannot_do(tmp_path: Path, qwen25: Path, chat: Path, over:
     over = json.loads(json.dumps(over).replace("{}", str(chat)))
     with pytest.raises(ConfigError, match=problem):
         prepare(streamed(tmp_path / "run", qwen25, str(chat), **over), Terminal("quiet"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_answers_are_scored_beside_a_stream_without_the_baseline(tmp_path: Path, qwen25: Path, chat: Path) -> None:
     over = {"data": {"eval": str(chat)}, "evaluate": {"generate": {"max_new_tokens": 2}}, "train": {"max_steps": 1}}
     held = runs.quiet_train(streamed(tmp_path / "run", qwen25, str(chat), **over)).summary["heldout"]
     assert "exact_match" in held["after"] and held["n"] > 0 and "baseline" not in held
-    assert not (tmp_path / "run").exists()
 
 
 def test_another_stream_is_refused_at_a_resume(tmp_path: Path, qwen25: Path) -> None:
