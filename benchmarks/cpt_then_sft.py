@@ -37,7 +37,7 @@ CPT_STEPS, SFT_STEPS, SFT_ONLY_STEPS = 1800, 800, 2000
 """Steps of arm A's two stages and of arm B. A step of documents is cheaper than a step of questions."""
 DOCUMENTS_HELD_OUT = 100
 CPT_LR, SFT_LR, SFT_ONLY_LR = 1.2e-3, 1.5e-3, 7e-4
-"""Arm B has a rate of its own: at 1.5e-3 it is worse."""
+"""Arm B has a rate of its own: at 1.5e-3 it answers fewer questions."""
 GENTLE = {"vision": {"lr": 2e-4}, "projector": {"lr": 2e-4}}
 """SFT after CPT: at the full rate the tower forgets the shapes while the model still learns what a question is."""
 EVALUATE_EVERY = {"cpt": 200, "sft": 100, "sft-only": 200}

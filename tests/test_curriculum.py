@@ -20,14 +20,15 @@ import torch
 from safetensors.torch import load_file
 
 from lensmith.checkpoint.store import read_manifest
-from lensmith.config.yaml_file import parse_value
+from lensmith.config.yaml_file import Tree, parse_value
 from lensmith.core.errors import ConfigError, DataError, RunError
 from lensmith.recipe import export as export_module
 from lensmith.recipe import session, stage
 from lensmith.recipe.check import check
 from lensmith.recipe.export import export
-from lensmith.recipe.run import Located, load_run
+from lensmith.recipe.run import Located, from_tree, load_run
 from lensmith.recipe.show import show
+from lensmith.recipe.stream import free_name
 from lensmith.recipe.train import train
 from lensmith.report.terminal import Terminal
 
@@ -705,3 +706,35 @@ def test_check_and_train_see_every_stage_first(tmp_path: Path, qwen25: Path, dat
     with pytest.raises(DataError, match=r"NO_STEPS.*stage 'two': "):
         runs.quiet_train(curriculum(tmp_path / "run", qwen25, data, stages))
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"tune": {"kind": "lora", "pattern": "nomatch"}}, "nomatch"),
+        ({"tune": {"kind": "freeze", "train": ["language"], "last_layers": 50}}, "tune.last_layers is 50"),
+        ({"optimizer": {"parts": {"vision": {"lr": 1e-5}}}, "tune": "lora"}, "of which nothing trains"),
+    ],
+)
+def test_a_mistake_in_the_last_stage_is_found_before_the_first(
+    tmp_path: Path, qwen25: Path, change: dict[str, Any], problem: str
+) -> None:
+    """Also by check, and without weights."""
+    (tmp_path / "t.jsonl").write_text('{"text": "a red circle"}\n' * 4)
+    tree = {
+        "model": {"path": str(qwen25), "template": "force"}, "data": {"train": "t.jsonl", "max_tokens": 512},
+        "batch": {"samples": 4, "device_tokens": 512}, "train": {"max_steps": 1, "device": "cpu", "threads": 1},
+        "stages": [{"name": "one", "tune": "full"}, {"name": "two", **change}], "output": "out",
+    }  # fmt: skip
+    located = from_tree(Tree(tree), tmp_path / "run.yaml")
+    for work in (check, lambda located, terminal: train(located, terminal=terminal)):
+        with pytest.raises(ConfigError, match=f"stage 'two'.*{problem}"):
+            work(located, Terminal("quiet"))
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_names_of_sources_are_made_apart() -> None:
+    names: set[str] = set()
+    for said in ("x", "x-2", "x", "x"):
+        names.add(free_name(said, names))
+    assert names == {"x", "x-2", "x-3", "x-4"}

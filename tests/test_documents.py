@@ -421,3 +421,14 @@ def test_webdataset_refuses_what_it_cannot_use() -> None:
     for far in ("https://x.org/1.jpg", "data:image/png;base64,AAAA"):  # refused or decoded when it is opened
         held = chat("<image>?", images=[far])
         assert question(parse(WebDataset(), {**row, "json": held})) == (Image(path=far), Text("?"))
+
+
+def test_webdataset_frames_of_a_video_are_no_pictures() -> None:
+    row = {
+        "__key__": "a",
+        "0.png": b"a",
+        "1.png": b"b",
+        "json": {"text": "<video>Cat.", "videos": [["0.png", "1.png"]]},
+    }
+    (video, text) = parse(WebDataset(), row).content.parts
+    assert isinstance(video, Video) and [f.data for f in video.frames] == [b"a", b"b"] and text == Text("Cat.")

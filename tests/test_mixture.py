@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lensmith.data.mixture import PERIOD, Mixture, caps_of, resolved, schedule, shares_of
 from lensmith.data.options import Shares, Temperature
+from lensmith.data.plan import Plan
 
 
 def test_three_two_one() -> None:
@@ -192,3 +193,11 @@ def test_caps() -> None:
     sizes, epochs = [10, 10, 3, 0], [None, 1.5, 0.1, None]
     assert caps_of(Shares(), sizes, epochs) == (None, 15, 1, None)
     assert caps_of(Temperature(exhausted="leave_out"), sizes, epochs) == (10, 15, 1, 1)
+
+
+def test_a_source_without_a_share_is_no_part_of_an_epoch() -> None:
+    plan = Plan(num_samples=2012, seed=0, samples=4, sizes=(12, 2000), mixture=Mixture([1.0, 0.0], [None, None]))
+    assert plan.num_steps() == 3 and plan.epochs_of(12) == (1.0, 0.0)
+    steps = list(plan.steps())
+    assert [s.epoch for s in steps] == [pytest.approx(n / 3) for n in (1, 2, 3)]
+    assert sorted(m for s in steps for m in s.members.tolist()) == list(range(12))

@@ -762,3 +762,8 @@ def test_expand_finds_shards(tmp_path: Path) -> None:
     assert names("s-{00..01}*") == ["s-00.tar", "s-01.tar"]
     with pytest.raises(ConfigError, match=r"\[NO_FILES\].*'s-03.tar'"):
         names("s-{00..03}.tar")
+
+
+def test_a_range_that_counts_down_names_nothing() -> None:
+    with pytest.raises(ConfigError, match=r"FILE_PATTERN[^$]*-> write \{1\.\.3\}"):
+        expand_braces("b-{3..1}.jsonl")

@@ -98,7 +98,7 @@ class Documents(Part):
 class Stream(Part):
     """Rows that are trained as they are read, without an index of the whole."""
 
-    window: int = Field(default=4096, ge=1)
+    window: int = Field(default=4096, ge=1, le=1 << 20)
     """Rows that are measured together and shuffled among themselves."""
     wrong: Literal["stop", "drop"] = "stop"
     """What a wrong row does, one that an index would refuse before the first step: end the run, or be dropped."""

@@ -82,9 +82,16 @@ class Plan:
         return (self.num_samples,) if self.mixture is None else self.sizes
 
     @property
+    def epoch_samples(self) -> int:
+        """Draws that make an epoch: the samples of all sources that are drawn at all."""
+        if self.mixture is None:
+            return self.num_samples
+        return sum(size for size, weight in zip(self.sizes, self.mixture.weights, strict=True) if weight)
+
+    @property
     def end(self) -> int | None:
         """Stream position where the last epoch ends, or where every source of the mixture is used up."""
-        last = None if self.epochs is None else round(self.num_samples * self.epochs)
+        last = None if self.epochs is None else round(self.epoch_samples * self.epochs)
         own = None if self.mixture is None else self.mixture.end
         return own if last is None else last if own is None else min(last, own)
 
@@ -101,7 +108,7 @@ class Plan:
 
     def _steps_between(self, begin: int, end: int) -> int:
         """By count of samples. `begin` is where a step begins."""
-        n, size = self.num_samples, self.samples
+        n, size = self.epoch_samples, self.samples
         assert size is not None
         if begin >= end:
             return 0
@@ -126,7 +133,7 @@ class Plan:
             if self.excluded:
                 keep = [m for m in members.tolist() if self.excluded.get(m, number + 1) > number]
                 members = np.array(keep, members.dtype)
-            yield Step(number, members, end / self.num_samples, end)
+            yield Step(number, members, end / self.epoch_samples, end)
 
     def _stretches(self, start: int, position: int, walk: _Walk | None = None) -> Iterator[tuple[int, int, int]]:
         """(step, first, last + 1) in the stream."""
@@ -150,22 +157,21 @@ class Plan:
         assert self.samples is not None
         if self.partial == "carry":
             return step * self.samples
-        per_epoch = (
-            -(-self.num_samples // self.samples) if self.partial == "epoch_end" else self.num_samples // self.samples
-        )
+        whole, rest = divmod(self.epoch_samples, self.samples)
+        per_epoch = whole + bool(rest) if self.partial == "epoch_end" else whole
         epoch, within = divmod(step, max(per_epoch, 1))
-        return epoch * self.num_samples + within * self.samples
+        return epoch * self.epoch_samples + within * self.samples
 
     def _next(self, position: int, walk: _Walk) -> tuple[int, int] | None:
         """The stretch of the step that begins at `position` (or, with `drop`, at the next epoch); None at the end."""
         end = self.end
         while end is None or position < end:
-            epoch_end = (position // self.num_samples + 1) * self.num_samples
+            epoch_end = (position // self.epoch_samples + 1) * self.epoch_samples
             limit = end if self.partial == "carry" else epoch_end if end is None else min(epoch_end, end)
             stop, full = walk.fill(position, limit)
             if full or self.partial != "drop":
                 return position, stop
-            if position % self.num_samples == 0:  # a whole epoch is less than a step: it would be dropped for ever
+            if position % self.epoch_samples == 0:  # a whole epoch is less than a step: it would be dropped for ever
                 return None
             position = epoch_end
         return None

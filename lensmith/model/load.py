@@ -69,21 +69,13 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
 
     Raises `ModelError` when tensors are missing, have another shape, or the config asks for what packing cannot do.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
     tensor_dtypes(folder)
     register()
     disable_progress_bar()
-    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ModelError(
-            "ATTENTION",
-            f"layers of kind {sorted(kinds)}: packed rows need full attention",
-            where=str(folder / "config.json"),
-            remedy="set use_sliding_window: false in the model's config.json",
-        )
+    config = _config(folder)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder,
@@ -107,6 +99,29 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
         )
     model.config.use_cache = False
     return model.to(device)
+
+
+def skeleton(folder: Path) -> nn.Module:
+    """The model without weights, on the meta device: names and shapes. Raises `ModelError` as `load_model` does."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(_config(folder), dtype=base_dtype(folder))
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ModelError(
+            "ATTENTION",
+            f"layers of kind {sorted(kinds)}: packed rows need full attention",
+            where=str(folder / "config.json"),
+            remedy="set use_sliding_window: false in the model's config.json",
+        )
+    return config
 
 
 def is_tied(model: Any) -> bool:

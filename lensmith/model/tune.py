@@ -61,6 +61,9 @@ def apply(model: Any, tune: Full | Freeze | Lora, family: Parts, new_ids: Sequen
 def _unfreeze(model: Any, part: str, tune: Freeze, family: Parts) -> None:
     blocks = list(family.blocks(model, part))
     if (tune.first_layers or tune.last_layers) and blocks:
+        for key in ("first_layers", "last_layers"):
+            if (getattr(tune, key) or 0) > len(blocks):
+                raise ConfigError("TUNE", f"tune.{key} is {getattr(tune, key)}; {part!r} has {len(blocks)} layers")
         chosen = [*blocks[: tune.first_layers or 0], *(blocks[-tune.last_layers :] if tune.last_layers else [])]
         for block in chosen:
             block.requires_grad_(True)

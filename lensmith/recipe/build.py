@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from lensmith.data.tokenizer import TextTokenizer
 from lensmith.engine.determinism import seed_all
 from lensmith.engine.optimizer import MasterAdamW
 from lensmith.model import precision, tune
-from lensmith.model.load import base_dtype, load_model
+from lensmith.model.load import base_dtype, load_model, skeleton
 from lensmith.model.options import Lora
 from lensmith.model.root import Autocast, Root, vision_mode
 from lensmith.model.vision_cache import VisionCache, fingerprint
@@ -93,13 +93,9 @@ def build(prepared: Prepared, carried: Callable[[MasterAdamW], None] | None = No
     new_ids = _grow(model, prepared)
     tuned = tune.apply(model, run.tune, prepared.family, new_ids)
     named = tuned.trainable()
-    if not named:
-        raise ConfigError("TUNE", "nothing trains", remedy="look at tune")
     part_of = _parts(run, prepared.family)
     parts = [part_of(name) for name, _ in named]
-    if unused := set(run.optimizer.parts) - set(parts):
-        raise ConfigError("CONFIG", f"optimizer.parts sets rates for {sorted(unused)[0]!r}, of which nothing trains",
-                          remedy=f"what trains: {', '.join(sorted(set(parts)))}")  # fmt: skip
+    _check_rates(run, parts)
     # masters and float32 parameters are made from what is on disk, before anything is rounded
     masters = plan.masters and not isinstance(run.tune, Lora)
     if not masters:
@@ -114,6 +110,23 @@ def build(prepared: Prepared, carried: Callable[[MasterAdamW], None] | None = No
     root = Root(model, prepared.family, NextTokenLoss(), autocast=autocast, cache=_cache(prepared, model))
     trains = tune.what_trains(model, part_of, run.optimizer.rate)
     return Built(root, tuned, optimizer, plan, trains, *tune.count(model), part_of)
+
+
+def rehearse(prepared: Prepared) -> None:
+    """What would stop a stage only when its turn comes: device, precision, what trains, rates. No weights are read."""
+    run = prepared.located.run
+    precision.plan(run.precision, device_of(run), base_dtype(prepared.model_folder))
+    model = skeleton(prepared.model_folder)
+    named = tune.apply(model, run.tune, prepared.family, []).trainable()
+    _check_rates(run, [_parts(run, prepared.family)(name) for name, _ in named])
+
+
+def _check_rates(run: Run, parts: Sequence[str]) -> None:
+    if not parts:
+        raise ConfigError("TUNE", "nothing trains", remedy="look at tune")
+    if unused := set(run.optimizer.parts) - set(parts):
+        raise ConfigError("CONFIG", f"optimizer.parts sets rates for {sorted(unused)[0]!r}, of which nothing trains",
+                          remedy=f"what trains: {', '.join(sorted(set(parts)))}")  # fmt: skip
 
 
 def _parts(run: Run, family: Any) -> Callable[[str], str]:

@@ -12,6 +12,7 @@ from lensmith.core.errors import DataError
 from lensmith.data.pipeline import Pipeline
 from lensmith.data.plan import Plan
 from lensmith.data.windows import StreamSpec, WindowMaker, window_plan
+from lensmith.recipe.build import rehearse
 from lensmith.recipe.prepare import Prepared, check_counts, prepare, require_steps
 from lensmith.recipe.run import Located
 from lensmith.report.tables import Table
@@ -31,6 +32,7 @@ def check(located: Located, terminal: Terminal) -> list[Prepared]:
             terminal.event("stage", text, stage=stage.stage_name)
         with stage.saying_which():
             found.append(prepare(stage, terminal))
+            rehearse(found[-1])
             _check_stage(found[-1], terminal)
     return found
 

@@ -26,7 +26,7 @@ from lensmith.data.windows import StreamSpec
 from lensmith.family.registry import load_family
 from lensmith.model.source import resolve
 from lensmith.recipe.run import Located
-from lensmith.recipe.stream import stream_spec
+from lensmith.recipe.stream import free_name, stream_spec
 from lensmith.report.terminal import Terminal
 
 
@@ -128,6 +128,8 @@ def prepare(located: Located, terminal: Terminal, indexing: Indexing | None = No
         raise DataError("NO_ROWS", "no held-out sample can be used", remedy="look at the ledger; raise data.holdout")
     if held is not None and (both := seen_in_training(train, held)):
         notes.append(f"{both} of {len(held.trainable)} held-out samples stand in the training data too (EVAL_IN_TRAIN)")
+    if run.data.eval and run.data.holdout > 0:
+        notes.append("data.holdout is not used, for data.eval is set (eval: [] takes it away)")
     prepared = Prepared(located, folder, family, read, train, held, tuple(notes), stream)
     notes += _check_mixture(prepared, terminal)
     for note in notes:
@@ -220,7 +222,7 @@ def source_files(sources: tuple[Source, ...], folder: Path, cache: Path, termina
     for source in sources:
         files = _files_of(source, folder, cache, terminal)
         name = source.name or (_stem(files[0].shown) if len(files) == 1 else Path(source.path).name)
-        name = name if name not in names else f"{name}-{len(names)}"
+        name = free_name(name, names)
         names.add(name)
         for file in files:
             found.append(

@@ -40,7 +40,7 @@ class Stage(Part):
     """One stage of a curriculum: what differs from the rest of the run file. `data: {max_pixels: 50176}` changes that
     one option; a list, and a choice of another kind, is replaced as a whole."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)
     """Name in log, report and ledger."""
     optimizer_state: Literal["keep", "fresh"] = "keep"
     """Moments of parameters that trained in the stage before: carried over by name, or begun anew. The schedule always

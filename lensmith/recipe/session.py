@@ -13,7 +13,7 @@ from lensmith.core.errors import RunError
 from lensmith.engine.loop import score
 from lensmith.model.options import Lora
 from lensmith.recipe import folder as run_folder
-from lensmith.recipe.build import set_threads
+from lensmith.recipe.build import rehearse, set_threads
 from lensmith.recipe.export import export
 from lensmith.recipe.identity import check_identity, identity_of_done
 from lensmith.recipe.prepare import Prepared, prepare, require_steps
@@ -72,6 +72,8 @@ class Session:
         for located in self.located.stages:
             with located.saying_which():
                 self.prepared.append(prepare(located, self.terminal))
+                if self.num_stages > 1:
+                    rehearse(self.prepared[-1])
         self.clock.lap("index")
         self.store.clean()
         start = self._start()

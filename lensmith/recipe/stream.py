@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from lensmith.data.windows import (
 )
 from lensmith.recipe.run import Located
 
+DETECT_ROWS = 1000
+"""Rows of each shard that are looked at for one that can be read."""
+
 
 def stream_spec(located: Located, loader: LoaderSpec) -> StreamSpec:
     """`loader.files` is replaced by one entry for each source and folder its pictures count from.
@@ -41,7 +45,7 @@ def stream_spec(located: Located, loader: LoaderSpec) -> StreamSpec:
     for number, source in enumerate(run.data.train):
         shards = _shards(source, located.folder, loader.max_row_bytes)
         name = source.name or _name(source.path, [shard.name for _, shard in shards])
-        name = name if name not in names else f"{name}-{len(names)}"
+        name = free_name(name, names)
         names.add(name)
         kind = source.format or _detect([shard for _, shard in shards])
         placed: list[tuple[int, Shard]] = []
@@ -60,6 +64,12 @@ def stream_spec(located: Located, loader: LoaderSpec) -> StreamSpec:
         replace(loader, files=tuple(files)), tuple(lanes), run.train.seed, assumed.window, run.samples_per_step,
         run.batch.tokens, Path(), assumed.wrong == "drop",
     )  # fmt: skip
+
+
+def free_name(name: str, taken: set[str]) -> str:
+    """`name`, or with a number behind it where another source has it."""
+    numbered = (f"{name}-{n}" for n in range(2, len(taken) + 3))
+    return name if name not in taken else next(n for n in numbered if n not in taken)
 
 
 @dataclass(frozen=True)
@@ -144,7 +154,7 @@ def stream_identity(spec: StreamSpec) -> dict[str, Any]:
         "data": hashlib.blake2b(repr(shards).encode(), digest_size=12).hexdigest(),
         "num_shards": [len(s) for s in shards],
         "source weights": [f.weight for f in spec.loader.files],
-        "shares and passes": [[lane.share, lane.passes] for lane in spec.lanes],
+        "shares and passes (share, epochs)": [[lane.share, lane.passes] for lane in spec.lanes],
         "data.stream": {"window": spec.window, "wrong": "drop" if spec.drop_wrong else "stop"},
     }
 
@@ -171,16 +181,18 @@ def _name(path: str, shards: list[str]) -> str:
 
 def _detect(shards: list[Shard]) -> Format:
     """By the first row that can be read. Raises DataError UNKNOWN_FORMAT, NO_ROWS, and what the shards raise."""
+    wrong: DataError | None = None
     for shard in shards:
         try:
-            row = next((row for row in shard.rows() if row.row is not None), None)
+            for row in islice(shard.rows(), DETECT_ROWS):
+                if row.row is not None:
+                    return detect(row.row, row.origin)
+                wrong = wrong or row.error
         except DataError as error:
             if error.code != "NO_ROWS":
                 raise
-            continue
-        if row is not None and row.row is not None:
-            return detect(row.row, row.origin)
-    raise DataError("NO_ROWS", "no row can be read", where=shards[0].name, remedy="take it out of the run file")
+    problem, where = "no row can be read", shards[0].name
+    raise wrong or DataError("NO_ROWS", problem, where=where, remedy="take it out of the run file")
 
 
 def _passes(located: Located, number: int | None) -> int | None:

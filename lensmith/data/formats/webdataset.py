@@ -138,6 +138,9 @@ class _Files:
     def listed(self, held: Mapping[str, Any], layout: RowOptions, place: Place) -> dict[str, Any]:
         """`held` with all pictures and all videos, each where it has no list of its own."""
         lists: dict[str, Any] = {}
+        columns = (layout.images_column, layout.videos_column)
+        if any(isinstance(entry, list) for c in columns for entry in held.get(media_key(held, c, place)) or ()):
+            return dict(held)  # pictures that are the frames of a video
         for column, kinds in ((layout.images_column, _IMAGES), (layout.videos_column, _VIDEOS)):
             if held.get(media_key(held, column, place)) is None and (files := self.of(kinds)):
                 lists[column] = files

@@ -108,5 +108,8 @@ def _alternatives(body: str) -> list[str]:
     if bounds is None:
         return body.split(",") if "," in body else [f"{{{body}}}"]
     first, last = bounds.groups()
+    if int(last) < int(first):
+        raise ConfigError("FILE_PATTERN", f"{{{body}}} counts down and names nothing",
+                          remedy=f"write {{{last}..{first}}}")  # fmt: skip
     width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
     return [f"{number:0{width}}" for number in range(int(first), int(last) + 1)[: MAX_FILES + 1]]

@@ -234,8 +234,16 @@ def remote_errors(url: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         extra = EXTRAS.get(urlsplit(url).scheme.lower()) if isinstance(error, ImportError) else None
-        said = f"{type(error).__name__}: {error}"
+        cause = _innermost(error)
+        said = f"{type(cause).__name__}: {cause}".rstrip(": ")
         raise _refused(url, said, f'pip install "lensmith[{extra}]"' if extra else "") from None
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What it began with: fsspec calls every failure of a web server a file that is not found."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
 
 
 def _refused(url: str, cause: str, remedy: str = "") -> DataError:
