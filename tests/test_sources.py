@@ -575,7 +575,7 @@ def test_a_file_from_a_web_server(server: tuple[str, Path], tmp_path: Path) -> N
     assert fetch(f"{url}/a.jsonl", tmp_path) == first
     os.utime(root / "a.jsonl", (1, 1))  # Last-Modified
     assert fetch(f"{url}/a.jsonl", tmp_path) != first
-    with pytest.raises(DataError, match=r"\[REMOTE\] http://\*\*\*@127.*FileNotFound") as caught:
+    with pytest.raises(DataError, match=r"\[REMOTE\] http://\*\*\*@127.*404.*File not found") as caught:
         fetch(f"{url.replace('//', '//me:secret@')}/gone.jsonl?token=secret", tmp_path)
     assert "secret" not in str(caught.value)
 
