@@ -242,7 +242,7 @@ def test_freeze_by_layers(models: Path) -> None:
     assert layers(Freeze(first_layers=1)) == {text + "0"}
     assert layers(Freeze(last_layers=1)) == {text + "1"}
     assert layers(Freeze(first_layers=1, last_layers=1)) == layers(Freeze(last_layers=2)) == {text + "0", text + "1"}
-    with pytest.raises(ConfigError, match="tune.last_layers is 9; 'language' has 2 layers"):
+    with pytest.raises(ConfigError, match=r"tune\.last_layers is 9; 'language' has 2 layers"):
         layers(Freeze(last_layers=9))
     assert layers(Freeze(train=("vision",), last_layers=1)) == {"visual.blocks.1"}
     assert layers(Freeze(train=("projector", "language"), last_layers=1)) == {
