@@ -732,7 +732,7 @@ def test_another_stream_is_refused_at_a_resume(tmp_path: Path, qwen25: Path) -> 
 
     resumes("data.stream", data={"stream": {"window": 12}})
     resumes("data.stream", data={"stream": {"wrong": "drop"}})
-    resumes("shares and passes", [{**train[0], "share": 1}])
+    resumes(r"shares and passes \(share, epochs\)", [{**train[0], "share": 1}])
     resumes("data", [{**train[0], "max_samples": 3}])
     (tmp_path / "docs-2.jsonl").write_text('{"text": "new"}\n')
     resumes("num_shards")

@@ -12,7 +12,6 @@ from lensmith.core.errors import DataError
 from lensmith.data.pipeline import Pipeline
 from lensmith.data.plan import Plan
 from lensmith.data.windows import StreamSpec, WindowMaker, window_plan
-from lensmith.recipe.build import rehearse
 from lensmith.recipe.prepare import Prepared, check_counts, prepare, require_steps
 from lensmith.recipe.run import Located
 from lensmith.report.tables import Table
@@ -23,6 +22,8 @@ SHOWN_DROPS = 50
 
 def check(located: Located, terminal: Terminal) -> list[Prepared]:
     """What each stage prepares. Raises `UserError` for what would stop the run, in any of them."""
+    from lensmith.recipe.build import rehearse  # loads torch: a wrong run file is told before
+
     found: list[Prepared] = []
     for sink in located.run.log.sinks:
         sink.check()
