@@ -13,8 +13,9 @@ import runs
 from corpus.pieces import gradient, rgb_png
 
 from lensmith.core.errors import ConfigError
-from lensmith.data import index_build
+from lensmith.data import index_build, load
 from lensmith.data.index_ray import _FileTask, cluster
+from lensmith.data.load import OPEN_FILES
 from lensmith.recipe.index import index
 from lensmith.recipe.prepare import prepare
 from lensmith.recipe.run import load_run
@@ -113,3 +114,31 @@ def test_what_ray_would_index_is_what_one_process_does(
     assert [task({"file": n}) for n in range(3)] == [{"file": n, "wrong": 0} for n in range(3)]
     assert measured_by_train(several, monkeypatch) == 0
     assert prepare(several, QUIET).read.table.equals(plain.table)
+
+
+def test_many_files_are_neither_all_open_nor_one_tokenizer_each(
+    tmp_path: Path, qwen25: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two thousand shards would not all open: 1,024 descriptors are usual. Each is read in any order."""
+    monkeypatch.setenv("LENSMITH_CACHE", str(tmp_path / "cache"))
+    count = 3 * OPEN_FILES
+    for n in range(count):
+        (tmp_path / f"part-{n:03d}.jsonl").write_text(json.dumps({"text": f"a red circle, number {n}"}) + "\n")
+    built = [0]
+    monkeypatch.setattr(load, "TextTokenizer", counted(load.TextTokenizer, built))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    found = prepare(runs.located(tmp_path / "run", qwen25, tmp_path / "part-*.jsonl"), QUIET)
+    assert found.read.counts()["train"] == count and built[0] <= 1
+    loader = found.read.spec.build()
+    for number in (*range(count), *reversed(range(0, count, 7))):
+        at = found.read.ref(number)
+        assert f"number {number}" in loader.sample(at.file, at.row).parts()[0].text  # type: ignore[union-attr]
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + OPEN_FILES + 2
+
+
+def counted(kind: Any, calls: list[int]) -> Any:
+    def made(*args: Any) -> Any:
+        calls[0] += 1
+        return kind(*args)
+
+    return made

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def index_file(spec: LoaderSpec, number: int, stored: Path, pool: Pool, told: To
         told.rows(known.num_rows)
         return Wrong()
     wrong = Wrong()
-    loader = spec.build()
+    loader = pool.loader
     with _Writer(stored) as out:
         if known is None or old is None:
             scan = _Scan(loader, number)
@@ -223,7 +224,7 @@ def _fingerprint(spec: LoaderSpec, number: int, cache: Path) -> str:
     f = spec.files[number]
     said = {
         "version": [VERSION, LENSMITH], "family": repr(spec.family), "path": [f.path, f.shown], "base": f.base,
-        "tokenizer": [hashlib.sha256(spec.tokenizer_json.encode()).hexdigest(), spec.text_tokens], "roots": spec.roots,
+        "tokenizer": [spec.tokenizer_digest, spec.text_tokens], "roots": spec.roots,
         "format": f.format.model_dump() if f.format else None, "limits": spec.limits.model_dump(),
         "length": [spec.max_tokens, spec.too_long, spec.max_row_bytes], "max_samples": f.max_samples,
         "videos": spec.videos.model_dump(), "dataset": [f.split, f.subset, f.revision],
@@ -338,6 +339,11 @@ class Pool:
         self.spec, self.workers = spec, workers
         self._pool: ProcessPoolExecutor | None = None
         self._measured = 0
+
+    @cached_property
+    def loader(self) -> Loader:
+        """This process's own; building one parses the tokenizer, so it is not made for every file."""
+        return self.spec.build()
 
     def __enter__(self) -> Pool:
         return self

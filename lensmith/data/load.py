@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,10 @@ class Seen:
     """Width and height of each picture."""
 
 
+OPEN_FILES = 32
+"""Source files that a process keeps open."""
+
+
 @dataclass(frozen=True)
 class LoaderSpec:
     """All a worker process needs to build a `Loader`."""
@@ -89,6 +94,11 @@ class LoaderSpec:
 
     def build(self) -> Loader:
         return Loader(self)
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """Asked for each of many files; the text has megabytes."""
+        return hashlib.sha256(self.tokenizer_json.encode()).hexdigest()
 
     def open(self, file: int) -> RowFile:
         f = self.files[file]
@@ -111,9 +121,13 @@ class Loader:
         self._videos: dict[tuple[str, int, int], VideoInfo] = {}
 
     def rows(self, file: int) -> RowFile:
-        if file not in self._rows:
-            self._rows[file] = self.spec.open(file)
-        return self._rows[file]
+        """The reader of a file. Those used last stay open: a source may have more files than a process may open, and of
+        Parquet each holds a row group."""
+        found = self._rows.pop(file, None) or self.spec.open(file)
+        self._rows[file] = found
+        if len(self._rows) > OPEN_FILES:
+            self._rows.pop(next(iter(self._rows))).close()
+        return found
 
     def sample(self, file: int, ref: RowRef) -> Sample:
         """Raises `DataError` for a row that is wrong and `Drop` for one that cannot be trained."""
