@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lensmith.data import index_build
+from lensmith.data import index_build, index_store
 from lensmith.data.holdout import hold_out, seen_in_training
 from lensmith.data.index import LEDGER_SCHEMA, SCHEMA, Index
 from lensmith.data.load import SourceFile
@@ -59,7 +59,7 @@ def batch_of(file: int, begin: int, end: int) -> pa.RecordBatch:
     pictures = row[:, None] // 2 + np.array([[0, 1]])
     handles = [[f"/data/images/{file:03}/{p:08}.jpg" for p in ps[:s]]
                for ps, s in zip(pictures.tolist(), shown.tolist(), strict=True)]  # fmt: skip
-    gone = [None if not k else index_build._stamp([f"/{i}" for i in range(k)], {f"/{i}": "gone" for i in range(k)})
+    gone = [None if not k else index_store.stamp([f"/{i}" for i in range(k)], {f"/{i}": "gone" for i in range(k)})
             for k in range(3)]  # fmt: skip
     tokens = np.minimum(rng.lognormal(6, 0.8, n).astype(np.int32) + 8, 4096)
     whole = np.full(n, -1, np.int32)
@@ -88,8 +88,8 @@ def batch_of(file: int, begin: int, end: int) -> pa.RecordBatch:
 
 def write_file(path: Path, file: int, rows: int) -> None:
     with pa.ipc.new_file(str(path), SCHEMA) as out:
-        for begin in range(0, rows, index_build.STORED_ROWS):
-            out.write_batch(batch_of(file, begin, min(begin + index_build.STORED_ROWS, rows)))
+        for begin in range(0, rows, index_store.STORED_ROWS):
+            out.write_batch(batch_of(file, begin, min(begin + index_store.STORED_ROWS, rows)))
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -145,9 +145,12 @@ def measure(folder: Path, space: Path) -> list[dict[str, Any]]:
     stored = sorted(folder.glob("*.arrow"))
     spec = spec_of(len(stored))
     stages = Stages()
-    tables = stages.run("open", lambda: tuple(index_build._open(p) for p in stored))
+    tables = stages.run("open", lambda: tuple(index_store.open_stored(p) for p in stored))
     index = Index(tables, spec, space=space)
-    stages.run("stored samples compared with their pictures", lambda: [index_build._changed_rows(t) for t in tables])
+    stages.run(
+        "stored samples compared with their pictures",
+        lambda: [index_store.changed_rows(t, decode=False) for t in tables],
+    )
     stages.run("ids that stand twice", lambda: index_build._refuse_duplicate_ids(index))
     stages.run("trainable", lambda: index.trainable)
     stages.run(f"{len(NUMBERS) + 2} columns", lambda: [index.column(n) for n in (*NUMBERS, "file", "source")])

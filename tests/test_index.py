@@ -20,12 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lensmith.core.errors import ConfigError, DataError, RunError
-from lensmith.data import index_build
+from lensmith.data import index_build, index_store
 from lensmith.data.formats import Messages
 from lensmith.data.holdout import hold_out, seen_in_training
 from lensmith.data.index import LEDGER_SCHEMA, SCHEMA, Index
-from lensmith.data.index_build import build_index, measure
+from lensmith.data.index_build import build_index
 from lensmith.data.load import Loader, LoaderSpec, SampleRef, SourceFile
+from lensmith.data.measure import measure
 from lensmith.data.media import ImageLimits
 from lensmith.data.readers import RowRef
 from lensmith.family.registry import load_family
@@ -294,7 +295,7 @@ def test_content_is_read_once(tmp_path: Path, qwen25: Path, measured: list[int])
 
 def test_a_part_is_renewed_in_its_place(tmp_path: Path, qwen25: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also over several stored batches, and where rows go from one verdict to the other and back."""
-    monkeypatch.setattr(index_build, "STORED_ROWS", 5)
+    monkeypatch.setattr(index_store, "STORED_ROWS", 5)
     for n in range(6):
         (tmp_path / f"{n}.png").write_bytes(rgb_png(gradient(60, 60)))
     rows = [chat(f"row {i}", f"{i % 7}.png") if i % 3 else chat(f"row {i}") for i in range(33)]
@@ -315,11 +316,11 @@ def test_a_stamp_is_of_every_file(tmp_path: Path) -> None:
     for file in files:
         file.write_bytes(b"1")
     handles = [*map(str, files), "0123456789abcdef"]
-    before = index_build._stamp(handles, {})
-    assert before is not None and before == index_build._stamp(handles, {})
+    before = index_store.stamp(handles, {})
+    assert before is not None and before == index_store.stamp(handles, {})
     files[1].write_bytes(b"22")
-    assert index_build._stamp(handles, {}) != before
-    assert index_build._stamp(handles[2:], {}) is None
+    assert index_store.stamp(handles, {}) != before
+    assert index_store.stamp(handles[2:], {}) is None
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import runs
 from corpus.pieces import gradient, rgb_png
 
 from lensmith.core.errors import ConfigError
-from lensmith.data import index_build, load
+from lensmith.data import index_build, load, measure
 from lensmith.data.index_ray import _FileTask, cluster
 from lensmith.data.load import OPEN_FILES
 from lensmith.recipe.index import index
@@ -37,11 +37,11 @@ def several(tmp_path: Path, qwen25: Path, monkeypatch: pytest.MonkeyPatch) -> An
 def measured_by_train(located: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     """Rows that a later run still has to measure."""
     seen = [0]
-    measure = index_build.measure
+    own = index_build.measure
 
     def counted(*args: Any) -> Any:
         seen[0] += 1
-        return measure(*args)
+        return own(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(index_build, "measure", counted)
@@ -67,13 +67,13 @@ def test_pictures_are_decoded_ahead_once(tmp_path: Path, qwen25: Path, monkeypat
     located = runs.located(tmp_path / "run", qwen25, tmp_path / "t.jsonl", data={"max_dropped": 0.5})
     assert prepare(located, QUIET).read.counts()["dropped"] == 0
     decoded: list[str] = []
-    real = index_build._decoded
+    real = measure._decoded
 
     def counted(*args: Any) -> Any:
         decoded.append(args[-1])
         return real(*args)
 
-    monkeypatch.setattr(index_build, "_decoded", counted)
+    monkeypatch.setattr(measure, "_decoded", counted)
     index(located, QUIET, decode=True)
     assert len(decoded) == 2
     assert prepare(located, QUIET).read.counts()["by_reason"] == {"IMG_TRUNCATED": 1}

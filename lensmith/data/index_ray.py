@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lensmith.core.errors import ConfigError, DataError
-from lensmith.data.index_build import Pool, Told, index_file, stored_at
+from lensmith.data.index_build import Pool, Told, index_file
+from lensmith.data.index_store import stored_at
 from lensmith.data.load import LoaderSpec
 
 LOCAL = "local"

@@ -29,9 +29,9 @@ import pyarrow.compute
 from lensmith.core.encoded import PackedRow
 from lensmith.core.errors import DataError, RunError, UserError
 from lensmith.data.index import SCHEMA, Index
-from lensmith.data.index_build import measure_row, wrong_row
 from lensmith.data.lanes import Lanes, LaneSpec
 from lensmith.data.load import Loader, LoaderSpec
+from lensmith.data.measure import measure_row, wrong_row
 from lensmith.data.pipeline import Known, Pipeline, StepRows, end_with_parent, no_picture_known, start_pool
 from lensmith.data.placement import Limits
 from lensmith.data.plan import Plan, Step
