@@ -48,7 +48,7 @@ from lensmith.objective.next_token import NextTokenLoss
 NAMES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 GAP = 1e-5
 """Largest difference of hidden states and logits (values of size 1) allowed in float32."""
-PIXELS = PixelSettings(3136, 50176, 14, 2, 2, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+PIXELS = PixelSettings(14, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), merge=2, temporal=2, min_pixels=3136, max_pixels=50176)
 
 
 @dataclass

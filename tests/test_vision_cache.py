@@ -241,9 +241,9 @@ def test_each_picture_is_encoded_once_in_three_epochs(
     counts: Counter[bytes] = Counter()
     encode = QwenVL.encode_images
 
-    def counted(self: Any, model: Any, pixels: torch.Tensor, grids: Any) -> list[torch.Tensor]:
+    def counted(self: Any, model: Any, pixels: torch.Tensor, grids: Any, views: Any) -> list[torch.Tensor]:
         counts.update(chunk.numpy().tobytes() for chunk in pixels.split([t * h * w for t, h, w in grids]))
-        return encode(self, model, pixels, grids)
+        return encode(self, model, pixels, grids, views)
 
     monkeypatch.setattr(QwenVL, "encode_images", counted)
     for name in ("memory", "disk", "tiny", "tiny+disk"):

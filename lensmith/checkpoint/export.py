@@ -15,7 +15,7 @@ from lensmith.model.load import SAFETENSORS_DTYPES, read_header
 CARRIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "chat_template.jinja", "chat_template.json", "generation_config.json", "tokenizer.model",
 )  # fmt: skip
 """Files of the base model that belong to every model made from it."""
 

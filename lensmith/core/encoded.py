@@ -50,8 +50,8 @@ class VideoInfo:
 
 @dataclass(frozen=True, slots=True)
 class ImageBlock:
-    """One placed image, or one placed run of video frames: the size it is resized to, its patch grid and how many
-    tokens stand for it."""
+    """One placed image, a part of one, or one placed run of video frames: the size it is resized to, its patch grid and
+    how many tokens stand for it."""
 
     image: Image | Video
     width: int
@@ -62,6 +62,9 @@ class ImageBlock:
     """Of a video, the frames that are shown (temporal patch size times grid rows in time); of an image none."""
     seconds_per_grid: float = 0.0
     """Of a video, the seconds from one row of the grid to the next."""
+    view: tuple[int, ...] = ()
+    """Which part of the picture this is, in the family's own terms, or what else of it the model must know; () for the
+    whole picture of a family that shows it once."""
 
     @property
     def num_patches(self) -> int:
@@ -127,6 +130,7 @@ class PackedRow:
     source_S: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
     image_keys: list[str] = field(default_factory=list[str])
     image_grids_I3: IntArray = field(default_factory=lambda: np.zeros((0, 3), np.int32))
+    image_views: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
     image_of_block: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
     pixel_image: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
     pixels_PD: npt.NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, 0), np.uint8))

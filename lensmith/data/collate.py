@@ -25,6 +25,7 @@ class Member:
 
 
 Grid = tuple[int, int, int]
+At = tuple[str, Grid]
 
 
 @dataclass
@@ -36,49 +37,59 @@ class Pictures:
     keys: list[str] = field(default_factory=list)
     handles: dict[str, str] = field(default_factory=dict)
     grids: list[Grid] = field(default_factory=list)
+    views: list[tuple[int, ...]] = field(default_factory=list)
     pixels: dict[int, np.ndarray] = field(default_factory=dict)
-    _of: dict[tuple[str, Grid], int] = field(default_factory=dict)
-    _numbers: dict[tuple[str, Grid], int] = field(default_factory=dict)
+    _of: dict[At, int] = field(default_factory=dict)
+    _numbers: dict[At, int] = field(default_factory=dict)
 
     def add(self, file: int, encoded: Encoded, origin: str) -> list[int]:
         """Numbers of the sample's pictures among the distinct ones. Raises `Drop` for one that does not decode; then
         none of the sample's pictures is added."""
         order = self._keys(file, encoded, origin)
         fresh = {at: b for at, b in zip(order, encoded.images, strict=True) if at not in self._of}
-        read: dict[tuple[str, Grid], tuple[str, np.ndarray | None]] = {}
+        read: dict[At, tuple[str, np.ndarray | None]] = {}
         read |= {at: (self.known[at[0]], None) for at in fresh if at[0] in self.known}
-        videos: dict[int, dict[tuple[str, Grid], ImageBlock]] = {}
+        missing: dict[int, dict[At, ImageBlock]] = {}
         for at, block in fresh.items():
-            if at in read:
-                continue
-            if isinstance(block.image, Video):
-                videos.setdefault(id(block.image), {})[at] = block
-                continue
-            data = self.loader.bytes_of(file, block.image, origin)
-            read[at] = content_key(data), self.loader.patches(data, block)
-        for blocks in videos.values():
-            clips = self.loader.video_patches(file, list(blocks.values()), origin)
-            # a key of the pixels: clips that look the same are one, whatever file and frames they come from
-            read |= {at: (content_key(clip.tobytes()), clip) for at, clip in zip(blocks, clips, strict=True)}
-        for handle, grid in fresh:
+            if at not in read:
+                missing.setdefault(id(block.image), {})[at] = block
+        for blocks in missing.values():
+            read |= self._read(file, blocks, origin)
+        for (handle, grid), block in fresh.items():
             key, patches = read[handle, grid]
             self.handles[handle] = key
-            self._of[(handle, grid)] = self._number(key, grid, patches)
+            self._of[(handle, grid)] = self._number(key, grid, block.view, patches)
         return [self._of[at] for at in order]
 
-    def _keys(self, file: int, encoded: Encoded, origin: str) -> list[tuple[str, Grid]]:
-        """What tells the sample's blocks apart: handle, the frames of a clip, and grid."""
+    def _read(self, file: int, blocks: dict[At, ImageBlock], origin: str) -> dict[At, tuple[str, np.ndarray]]:
+        """Key and patches of blocks of one picture or video, which is decoded once."""
+        image, found = next(iter(blocks.values())).image, list(blocks.values())
+        if isinstance(image, Video):
+            clips = self.loader.video_patches(file, found, origin)
+            # a key of the pixels: clips that look the same are one, whatever file and frames they come from
+            return {at: (content_key(clip.tobytes()), clip) for at, clip in zip(blocks, clips, strict=True)}
+        data = self.loader.bytes_of(file, image, origin)
+        key, patches = content_key(data), self.loader.patches(data, found)
+        return {
+            at: (".".join([key, *map(str, block.view)]), pixels)
+            for (at, block), pixels in zip(blocks.items(), patches, strict=True)
+        }
+
+    def _keys(self, file: int, encoded: Encoded, origin: str) -> list[At]:
+        """What tells the sample's blocks apart: handle, the frames of a clip or the view of a picture, and grid."""
         found = {id(b.image): b.image for b in encoded.images}
         handles = {n: self.loader.handle(file, image, origin) for n, image in found.items()}
-        clips = (f"\n{','.join(map(str, b.frames))}" if b.frames else "" for b in encoded.images)
-        return [(handles[id(b.image)] + clip, b.grid_thw) for b, clip in zip(encoded.images, clips, strict=True)]
+        parts = (b.frames or b.view for b in encoded.images)
+        shown = (f"\n{','.join(map(str, part))}" if part else "" for part in parts)
+        return [(handles[id(b.image)] + part, b.grid_thw) for b, part in zip(encoded.images, shown, strict=True)]
 
-    def _number(self, key: str, grid: Grid, patches: np.ndarray | None) -> int:
+    def _number(self, key: str, grid: Grid, view: tuple[int, ...], patches: np.ndarray | None) -> int:
         """Two places may hold the same bytes: one picture."""
         number = self._numbers.setdefault((key, grid), len(self.keys))
         if number == len(self.keys):
             self.keys.append(key)
             self.grids.append(grid)
+            self.views.append(view)
             if patches is not None:
                 self.pixels[number] = patches
         return number
@@ -88,6 +99,7 @@ class Pictures:
         have = sorted(self.pixels)
         row.image_keys = self.keys
         row.image_grids_I3 = np.array(self.grids, np.int32).reshape(-1, 3)
+        row.image_views = self.views
         row.image_of_block = np.array(order, np.int32)
         row.pixel_image = np.array(have, np.int32)
         row.pixels_PD = _joined([self.pixels[i] for i in have])

@@ -40,7 +40,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """The place of an image: `num_tokens` copies of the family's image token."""
+    """The place of an image; the family says what stands there once its size is known (`place_image`)."""
 
     image: Image
 
@@ -54,7 +54,7 @@ class Film:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A block of a video: copies of the family's video token."""
+    """A block of an image or a video: copies of the family's image or video token."""
 
     block: ImageBlock
 
@@ -73,7 +73,7 @@ class Rendering(Protocol):
 
     def render(self, conversation: Conversation, *, ask: bool = False) -> list[Piece]: ...
     def render_media(self, part: Image | Video) -> list[Piece]: ...
-    def place(self, image: Image, width: int, height: int) -> ImageBlock: ...
+    def place_image(self, image: Image, width: int, height: int) -> list[Piece]: ...
     def place_video(self, video: Video, info: VideoInfo) -> list[Piece]: ...
     def positions(self, kind_L: np.ndarray, blocks: Sequence[ImageBlock]) -> np.ndarray: ...
 
@@ -269,8 +269,11 @@ class Encoder:
             tuple(b for t in found for b in t.blocks),
         )
 
-    def _resolved(self, pieces: Sequence[Piece]) -> Iterator[Template | Run | Picture | Placed]:
+    def _resolved(self, pieces: Sequence[Piece]) -> Iterator[Template | Run | Placed]:
         for piece in pieces:
+            if isinstance(piece, Picture):
+                yield from self._resolved(self.rendering.place_image(piece.image, *self.image_size(piece.image)))
+                continue
             if not isinstance(piece, Film):
                 yield piece
                 continue
@@ -278,13 +281,10 @@ class Encoder:
                 raise Drop("VIDEO_KIND", "this model family takes no videos")
             yield from self._resolved(self.rendering.place_video(piece.video, self.video_info(piece.video)))
 
-    def _block(self, piece: Picture | Placed) -> Tokens:
-        name = self.rendering.image_token
-        if isinstance(piece, Placed):
-            assert self.rendering.video_token is not None
-            block, name = piece.block, self.rendering.video_token
-        else:
-            block = self.rendering.place(piece.image, *self.image_size(piece.image))
+    def _block(self, piece: Placed) -> Tokens:
+        block = piece.block
+        name = self.rendering.video_token if isinstance(block.image, Video) else self.rendering.image_token
+        assert name is not None
         n = block.num_tokens
         ids = np.full(n, self.tokenizer.control(name), np.int32)
         return Tokens(ids, np.zeros(n, bool), _kinds(n, IMAGE), (block,))

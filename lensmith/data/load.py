@@ -19,7 +19,7 @@ import PIL.Image
 from lensmith.core.encoded import Encoded, ImageBlock, VideoInfo
 from lensmith.core.errors import DataError, Drop
 from lensmith.core.sample import Document, Image, Sample, Text, Video
-from lensmith.data.encode import DocumentRules, Encoder
+from lensmith.data.encode import DocumentRules, Encoder, Placed
 from lensmith.data.formats import Format, detect
 from lensmith.data.media import ImageLimits, VideoLimits, is_data_url, parse_data_url, read_bytes, resolve_media
 from lensmith.data.media_open import ImageInfo, open_rgb, probe, probe_file
@@ -243,13 +243,15 @@ class Loader:
             return parse_data_url(image.path, self.spec.limits)
         return read_bytes(self.path(file, image.path, origin), self.spec.limits)
 
-    def patches(self, data: bytes, block: ImageBlock) -> np.ndarray:
-        """uint8 [P, D]. Raises `Drop` when the picture does not decode or no longer has the size of its header."""
+    def patches(self, data: bytes, blocks: Sequence[ImageBlock]) -> list[np.ndarray]:
+        """uint8 [P, D] of each of these blocks of one picture, which is decoded once. Raises `Drop` when it does not
+        decode or no longer has the size of its header."""
+        family = self.spec.family
         picture, _ = open_rgb(data, self.spec.limits)
-        placed = self.spec.family.place(block.image, *picture.size)
-        if placed.grid_thw != block.grid_thw:
+        placed = [p.block for p in family.place_image(blocks[0].image, *picture.size) if isinstance(p, Placed)]
+        if not all(block in placed for block in blocks):
             raise Drop("CHANGED", f"the picture is now {picture.size[0]}x{picture.size[1]}")
-        return self.spec.family.patches(picture, block)
+        return [family.patches(picture, block) for block in blocks]
 
     # -- videos -------------------------------------------------------------------------------------------------
 

@@ -110,7 +110,9 @@ class _Whole:
         origin = self.sample.origin
         handles = [h for image in shown for h in self.loader.handles(self.number, image, origin)]
         each = tuple(dict.fromkeys(handles))
-        images = sum(not block.frames for block in encoded.images) if cut is not None else len(self.sample.images())
+        images = (
+            len({id(b.image) for b in encoded.images if not b.frames}) if cut is not None else len(self.sample.images())
+        )
         return {
             "verdict": "train",
             "tokens": encoded.num_tokens,

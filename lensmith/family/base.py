@@ -8,7 +8,7 @@ Shape letters: T tokens of a packed row, P patches, D values of a patch, I image
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from lensmith.model.load import Loading
 
+Grid = tuple[int, int, int]
+View = tuple[int, ...]
+
+Packing = Literal["segments", "own_mask", "one_sample_per_row"]
+"""How a family keeps the segments of a row apart, exactly: `segments`, every layer attends through the attention
+interface; `own_mask`, the family builds a mask from segments and pictures (bidirectional image blocks, windows);
+`one_sample_per_row`, some layer is recurrent, so every segment runs by itself, behind its prefix."""
 PartName = Literal["vision", "projector", "language", "embeddings", "head"]
 PARTS: tuple[PartName, ...] = ("vision", "projector", "language", "embeddings", "head")
 
@@ -32,13 +40,19 @@ PARTS: tuple[PartName, ...] = ("vision", "projector", "language", "embeddings", 
 class PixelSettings:
     """How pictures are sized and normalised, from the model's own preprocessor config or the run file."""
 
-    min_pixels: int
-    max_pixels: int
     patch: int
-    merge: int
-    temporal: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    merge: int = 1
+    temporal: int = 1
+    min_pixels: int = 0
+    max_pixels: int | None = None
+    """None: the family has a grid of its own, and data.min_pixels and data.max_pixels mean nothing."""
+
+    @property
+    def limits(self) -> dict[str, int] | None:
+        """What a saved model's preprocessor config says of sizes."""
+        return None if self.max_pixels is None else {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +79,22 @@ class Family(Protocol):
 
     name: str
     image_token: str
+    image_in_template: str
+    """What the model's own chat template writes where a picture is, before its processor expands it."""
     video_token: str | None
     start_of_document: str
     end_of_document: str
     control_tokens: tuple[str, ...]
-    packing: Literal["segments", "one_sample_per_row"]
+    packing: Packing
     pixels: PixelSettings
     video: VideoSettings
     turn_end: str
+    loading: Loading
 
     # data half
     def render(self, conversation: Conversation, *, ask: bool = False) -> list[Piece]: ...
     def render_media(self, part: Image | Video) -> list[Piece]: ...
-    def place(self, image: Image, width: int, height: int) -> ImageBlock: ...
+    def place_image(self, image: Image, width: int, height: int) -> list[Piece]: ...
     def place_video(self, video: Video, info: VideoInfo) -> list[Piece]: ...
     def resized(self, picture: PIL.Image.Image, block: ImageBlock) -> PIL.Image.Image: ...
     def patches(self, picture: PIL.Image.Image, block: ImageBlock) -> np.ndarray: ...
@@ -88,11 +105,16 @@ class Family(Protocol):
     def part_of(self, name: str) -> PartName: ...
     def blocks(self, model: nn.Module, part: PartName) -> Sequence[nn.Module]: ...
     def lora_pattern(self, parts: Sequence[PartName]) -> str: ...
+    def feature_width(self, config: Mapping[str, Any], mode: Literal["projector", "frozen"]) -> int: ...
     def encode_images(
-        self, model: nn.Module, pixels_PD: torch.Tensor, grids_I3: torch.Tensor
+        self, model: nn.Module, pixels_PD: torch.Tensor, grids: Sequence[Grid], views: Sequence[View] = ()
     ) -> list[torch.Tensor]: ...
-    def tower_only(self, model: nn.Module, pixels_PD: torch.Tensor, grids_I3: torch.Tensor) -> list[torch.Tensor]: ...
-    def project(self, model: nn.Module, features: list[torch.Tensor]) -> list[torch.Tensor]: ...
+    def tower_only(
+        self, model: nn.Module, pixels_PD: torch.Tensor, grids: Sequence[Grid], views: Sequence[View] = ()
+    ) -> list[torch.Tensor]: ...
+    def project(
+        self, model: nn.Module, features: list[torch.Tensor], views: Sequence[View] = ()
+    ) -> list[torch.Tensor]: ...
     def hidden(
         self,
         model: nn.Module,

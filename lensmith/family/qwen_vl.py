@@ -27,9 +27,9 @@ import numpy as np
 
 from lensmith.core.encoded import IMAGE, ImageBlock, VideoInfo
 from lensmith.core.sample import Conversation, Image, Message, Part, Text, Video
-from lensmith.data.encode import Film, Picture, Piece, Run, Template
+from lensmith.data.encode import Film, Picture, Piece, Placed, Run, Template
 from lensmith.data.media import VideoLimits
-from lensmith.family.base import PartName, PixelSettings, VideoSettings
+from lensmith.family.base import Grid, Packing, PartName, PixelSettings, VideoSettings, View
 from lensmith.family.qwen_vl_video import place_video, smart_resize, video_settings
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lensmith.model.attention import AttentionPlan
+    from lensmith.model.load import Loading
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -70,7 +71,8 @@ class QwenVL:
         "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
         "<|video_pad|>",
     )  # fmt: skip
-    packing: ClassVar[Literal["segments"]] = "segments"
+    packing: ClassVar[Packing] = "segments"
+    image_in_template: ClassVar[str] = "<|image_pad|>"
 
     # -- rendering ----------------------------------------------------------------------------------------------
 
@@ -152,9 +154,13 @@ class QwenVL:
         ratio is kept as near as that allows (the vendor's `smart_resize`). Raises `Drop` IMG_ASPECT above 200 : 1.
         """
         p = self.pixels
+        assert p.max_pixels is not None
         wide, high = smart_resize(width, height, p.patch * p.merge, p.min_pixels, p.max_pixels)
         grid = (1, high // p.patch, wide // p.patch)
         return ImageBlock(image, wide, high, grid, grid[1] * grid[2] // p.merge**2)
+
+    def place_image(self, image: Image, width: int, height: int) -> list[Piece]:
+        return [Placed(self.place(image, width, height))]
 
     def place_video(self, video: Video, info: VideoInfo) -> list[Piece]:
         """What stands where a video is shown. Raises `Drop` IMG_ASPECT."""
@@ -243,7 +249,7 @@ class QwenVL:
         }
         return "|".join(f"({patterns[p]})" for p in parts if p in patterns)
 
-    def tower(self, model: nn.Module, pixels_PD: torch.Tensor, grids: Sequence[tuple[int, int, int]]) -> Any:
+    def tower(self, model: nn.Module, pixels_PD: torch.Tensor, grids: Sequence[Grid]) -> Any:
         """transformers' vision output for uint8 patches [P, D]; one segment per frame or window, never a loop."""
         import torch
 
@@ -266,7 +272,7 @@ class QwenVL:
         std = torch.tensor(p.std, device=x.device).view(1, 3, 1, 1)
         return ((x - mean) / std).expand(-1, -1, p.temporal, -1).flatten(1)
 
-    def _vision_plans(self, model: nn.Module, grids: tuple[tuple[int, int, int], ...]) -> tuple[Any, dict[str, Any]]:
+    def _vision_plans(self, model: nn.Module, grids: tuple[Grid, ...]) -> tuple[Any, dict[str, Any]]:
         visual: Any = model.model.visual  # type: ignore[union-attr]
         full, window, index = _segments_of(
             grids, self.pixels.merge, self.pixels.patch, getattr(visual, "window_size", 0)
@@ -280,8 +286,22 @@ class QwenVL:
         plans.update({visual.blocks[i].attn: full for i in visual.fullatt_block_indexes})
         return plans, {"window_index": index, "cu_window_seqlens": whole}
 
+    @property
+    def loading(self) -> Loading:
+        from lensmith.model.load import Loading
+
+        return Loading()
+
+    def feature_width(self, config: Mapping[str, Any], mode: Literal["projector", "frozen"]) -> int:
+        """Values of one image token: of the deepstack levels too, and, before the projector, of its patches."""
+        text, vision = {**config, **config.get("text_config", {})}, config["vision_config"]
+        width = text["hidden_size"] * (1 + len(vision.get("deepstack_visual_indexes", ())))
+        if mode == "projector":
+            width += self.pixels.merge**2 * vision.get("embed_dim", vision["hidden_size"])
+        return width
+
     def encode_images(
-        self, model: nn.Module, pixels_PD: torch.Tensor, grids: Sequence[tuple[int, int, int]]
+        self, model: nn.Module, pixels_PD: torch.Tensor, grids: Sequence[Grid], views: Sequence[View] = ()
     ) -> list[torch.Tensor]:
         """Tower and projector: per image [tokens, H * (1 + deepstack levels)]."""
         import torch
@@ -291,7 +311,7 @@ class QwenVL:
         return list(torch.cat([out.pooler_output, *deep], dim=-1).split(self._token_counts(grids)))
 
     def tower_only(
-        self, model: nn.Module, pixels_PD: torch.Tensor, grids: Sequence[tuple[int, int, int]]
+        self, model: nn.Module, pixels_PD: torch.Tensor, grids: Sequence[Grid], views: Sequence[View] = ()
     ) -> list[torch.Tensor]:
         """Before the projector, in reading order: per image [tokens, merge^2 * tower width + deepstack]."""
         import torch
@@ -305,7 +325,7 @@ class QwenVL:
         deep = list(getattr(out, "deepstack_features", None) or [])
         return list(torch.cat([x, *deep], dim=-1).split(self._token_counts(grids)))
 
-    def project(self, model: nn.Module, features: list[torch.Tensor]) -> list[torch.Tensor]:
+    def project(self, model: nn.Module, features: list[torch.Tensor], views: Sequence[View] = ()) -> list[torch.Tensor]:
         """The projector alone, on what `tower_only` gave."""
         import torch
 
@@ -317,7 +337,7 @@ class QwenVL:
         projected = visual.merger(body.reshape(-1, width))
         return list(torch.cat([projected, deep.to(projected.dtype)], dim=-1).split([f.shape[0] for f in features]))
 
-    def _token_counts(self, grids: Sequence[tuple[int, int, int]]) -> list[int]:
+    def _token_counts(self, grids: Sequence[Grid]) -> list[int]:
         return [t * h * w // self.pixels.merge**2 for t, h, w in grids]
 
     def hidden(

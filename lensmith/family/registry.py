@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lensmith.core.errors import ModelError
 from lensmith.core.sample import Conversation, Image, Message, Text
@@ -13,6 +13,9 @@ from lensmith.data.encode import Picture
 from lensmith.data.media import VideoLimits
 from lensmith.data.tokenizer import TextTokenizer
 from lensmith.family.template import default_system, render_vendor
+
+if TYPE_CHECKING:
+    from lensmith.model.load import Loading
 
 FAMILIES: dict[str, str] = {
     "qwen2_vl": "lensmith.family.qwen_vl",
@@ -66,7 +69,10 @@ def load_family(
     module = importlib.import_module(FAMILIES[model_type])
     system = _default_system(template, module.DEFAULT_SYSTEM[model_type], check)
     family = module.from_config(config, preprocessor, system, shown, video)
-    if family.pixels.min_pixels > family.pixels.max_pixels:
+    if (min_pixels or max_pixels) and family.pixels.max_pixels is None:
+        raise ModelError("PIXELS", f"the sizes of pictures are fixed by the grid of family {family.name}",
+                         remedy="take data.min_pixels and data.max_pixels out of the run file")  # fmt: skip
+    if family.pixels.max_pixels is not None and family.pixels.min_pixels > family.pixels.max_pixels:
         raise ModelError("PIXELS", f"min_pixels {family.pixels.min_pixels} > max_pixels {family.pixels.max_pixels}",
                          remedy="set data.min_pixels and data.max_pixels")  # fmt: skip
     tokenizer = TextTokenizer.from_folder(folder)
@@ -75,6 +81,14 @@ def load_family(
     if template and check:
         _check_template(template, family)
     return family
+
+
+def loading_of(folder: Path) -> Loading:
+    """How the model in `folder` is built; as transformers builds it where no family knows it."""
+    from lensmith.model.load import Loading
+
+    known = read_json(folder / "config.json").get("model_type") in FAMILIES
+    return load_family(folder, check=False).loading if known else Loading()
 
 
 def _default_system(template: str | None, usual: str | None, check: bool) -> str | None:
@@ -118,7 +132,7 @@ def _check_template(template: str, family: Any) -> None:
     """Equal text is equal tokens: both are tokenised alike. A picture is one image token before it is expanded."""
     for conversation, ask in ((PROBE, False), (Conversation(PROBE.messages[:-1]), True)):
         pieces = family.render(conversation, ask=ask)
-        ours = "".join(family.image_token if isinstance(p, Picture) else p.text for p in pieces)
+        ours = "".join(family.image_in_template if isinstance(p, Picture) else p.text for p in pieces)
         theirs = render_vendor(template, conversation, add_generation_prompt=ask)
         if ours != theirs:
             raise ModelError("TEMPLATE", f"the model's chat template renders a probe otherwise than family "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,28 +66,47 @@ def base_dtype(folder: Path) -> torch.dtype:
     return max(sizes, key=lambda d: sizes[d])
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+@dataclass(frozen=True)
+class Loading:
+    """What is special about building the model of a family."""
+
+    native: str | None = None
+    """`module:class` of a model class of our own, a `PreTrainedModel` with its `config_class`; None: transformers'."""
+    layer_kinds: frozenset[str] = frozenset({"full_attention"})
+    """Kinds of layers (`layer_types` of the config) that the family keeps exact in packed rows."""
+
+    def classes(self) -> tuple[Any, Any]:
+        """(config class, model class), each with `from_pretrained`."""
+        if self.native is None:
+            from transformers import AutoConfig, AutoModelForImageTextToText
+
+            return AutoConfig, AutoModelForImageTextToText
+        module, _, name = self.native.partition(":")
+        model = getattr(importlib.import_module(module), name)
+        return model.config_class, model
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device, loading: Loading = Loading()) -> nn.Module:
     """The transformers model with every tensor in `dtype` and lensmith's attention. Never runs remote code.
 
     Raises `ModelError` when tensors are missing, have another shape, or the config asks for what packing cannot do.
     """
-    from transformers import AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
     tensor_dtypes(folder)
     register()
     disable_progress_bar()
-    config = _config(folder)
+    config = _config(folder, loading)
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = loading.classes()[1].from_pretrained(
             folder,
             config=config,
             dtype=dtype,
             attn_implementation=NAME,
             use_safetensors=True,
-            trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **_code(loading),
         )
         model, info = loaded
     except (OSError, ValueError, RuntimeError) as error:
@@ -101,23 +122,26 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
     return model.to(device)
 
 
-def skeleton(folder: Path) -> nn.Module:
+def skeleton(folder: Path, loading: Loading = Loading()) -> nn.Module:
     """The model without weights, on the meta device: names and shapes. Raises `ModelError` as `load_model` does."""
-    from transformers import AutoModelForImageTextToText
-
+    config, model = _config(folder, loading), loading.classes()[1]
+    build = model.from_config if loading.native is None else model._from_config
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(_config(folder), dtype=base_dtype(folder))
+        return build(config, dtype=base_dtype(folder))
 
 
-def _config(folder: Path) -> Any:
-    from transformers import AutoConfig
+def _code(loading: Loading) -> dict[str, Any]:
+    """Never code of the folder's; said, for transformers asks on the terminal where nothing is said."""
+    return {"trust_remote_code": False} if loading.native is None else {}
 
-    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+def _config(folder: Path, loading: Loading) -> Any:
+    config: Any = loading.classes()[0].from_pretrained(folder, **_code(loading))
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
+    if other := kinds - loading.layer_kinds:
         raise ModelError(
             "ATTENTION",
-            f"layers of kind {sorted(kinds)}: packed rows need full attention",
+            f"layers of kind {sorted(other)}: packed rows need {', '.join(sorted(loading.layer_kinds))}",
             where=str(folder / "config.json"),
             remedy="set use_sliding_window: false in the model's config.json",
         )

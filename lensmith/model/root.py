@@ -27,9 +27,11 @@ Terms = dict[str, tuple[torch.Tensor, torch.Tensor]]
 class VisionLanguage(Protocol):
     """What the root needs of a family (see lensmith/family/base.py)."""
 
-    def encode_images(self, model: nn.Module, pixels_PD: torch.Tensor, grids: Any) -> list[torch.Tensor]: ...
-    def tower_only(self, model: nn.Module, pixels_PD: torch.Tensor, grids: Any) -> list[torch.Tensor]: ...
-    def project(self, model: nn.Module, features: list[torch.Tensor]) -> list[torch.Tensor]: ...
+    def encode_images(
+        self, model: nn.Module, pixels_PD: torch.Tensor, grids: Any, views: Any
+    ) -> list[torch.Tensor]: ...
+    def tower_only(self, model: nn.Module, pixels_PD: torch.Tensor, grids: Any, views: Any) -> list[torch.Tensor]: ...
+    def project(self, model: nn.Module, features: list[torch.Tensor], views: Any) -> list[torch.Tensor]: ...
     def hidden(
         self, model: nn.Module, ids_BT: Any, features_NH: Any, image_mask_BT: Any, position_ids_3BT: Any, **kwargs: Any
     ) -> Any: ...
@@ -134,13 +136,13 @@ class Root(nn.Module):
             return None
         found = self._cached(row)
         if self.vision_mode == "projector":
-            found = self.family.project(self.model, found)
+            found = self.family.project(self.model, found, row.image_views)
         return torch.cat([found[i] for i in row.image_of_block.tolist()])
 
     def _cached(self, row: PackedRow) -> list[torch.Tensor]:
         grids = [tuple(g) for g in row.image_grids_I3.tolist()]
         if self.vision_mode == "trained":
-            return self.family.encode_images(self.model, torch.from_numpy(row.pixels_PD), grids)
+            return self.family.encode_images(self.model, torch.from_numpy(row.pixels_PD), grids, row.image_views)
         found: dict[int, torch.Tensor] = {}
         keys = [feature_key(k, g) for k, g in zip(row.image_keys, grids, strict=True)]
         if self.cache is not None:
@@ -152,7 +154,8 @@ class Root(nn.Module):
             chunks = torch.from_numpy(row.pixels_PD).split(sizes)
             groups = [[f] for f in fresh] if self.cache is not None and self.alone else [fresh]
             for group in groups:
-                new = self._encode(torch.cat([chunks[n] for n, _ in group]), [grids[i] for _, i in group])
+                pixels, of = torch.cat([chunks[n] for n, _ in group]), [i for _, i in group]
+                new = self._encode(pixels, [grids[i] for i in of], [row.image_views[i] for i in of])
                 for (_, i), value in zip(group, new, strict=True):
                     found[i] = value
                     if self.cache is not None:
@@ -160,9 +163,9 @@ class Root(nn.Module):
         return [found[i] for i in range(len(keys))]
 
     @torch.no_grad()
-    def _encode(self, pixels_PD: torch.Tensor, grids: Any) -> list[torch.Tensor]:
+    def _encode(self, pixels_PD: torch.Tensor, grids: Any, views: Any) -> list[torch.Tensor]:
         run = self.family.encode_images if self.vision_mode == "frozen" else self.family.tower_only
-        return run(self.model, pixels_PD, grids)
+        return run(self.model, pixels_PD, grids, views)
 
     def _head(self, hidden_SH: Any, target_S: Any, weight_S: Any, source_S: Any, num_sources: int) -> Terms:
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]

@@ -89,7 +89,7 @@ def build(prepared: Prepared, carried: Callable[[MasterAdamW], None] | None = No
     if device.type == "cpu":
         keep_freed_memory()
     seed_all(run.train.seed)
-    model = load_model(prepared.model_folder, base_dtype(prepared.model_folder), device)
+    model = load_model(prepared.model_folder, base_dtype(prepared.model_folder), device, prepared.family.loading)
     new_ids = _grow(model, prepared)
     tuned = tune.apply(model, run.tune, prepared.family, new_ids)
     named = tuned.trainable()
@@ -116,7 +116,7 @@ def rehearse(prepared: Prepared) -> None:
     """What would stop a stage only when its turn comes: device, precision, what trains, rates. No weights are read."""
     run = prepared.located.run
     precision.plan(run.precision, device_of(run), base_dtype(prepared.model_folder))
-    model = skeleton(prepared.model_folder)
+    model = skeleton(prepared.model_folder, prepared.family.loading)
     named = tune.apply(model, run.tune, prepared.family, []).trainable()
     _check_rates(run, [_parts(run, prepared.family)(name) for name, _ in named])
 

@@ -13,6 +13,7 @@ from lensmith.checkpoint.export import carry, write_model
 from lensmith.checkpoint.store import Damaged, Store, sync_folder, verify
 from lensmith.core.errors import ConfigError, ModelError
 from lensmith.data.tokenizer import TextTokenizer
+from lensmith.family.registry import loading_of
 from lensmith.model.load import base_dtype, load_model
 from lensmith.model.options import Model
 from lensmith.model.source import resolve
@@ -79,7 +80,7 @@ def _write(
 ) -> None:
     cpu = torch.device("cpu")
     if not adapter:
-        model = load_model(folder, dtype or base_dtype(folder), cpu)
+        model = load_model(folder, dtype or base_dtype(folder), cpu, loading_of(folder))
         write_model(staging, model, folder, dtype or base_dtype(folder), shard_gb=shard_gb)
         return
     from peft import PeftModel
@@ -88,7 +89,7 @@ def _write(
     base_folder = resolve(Model(path=base or said), Path.cwd())
     target = dtype or base_dtype(base_folder)
     # float32 while merging: adding a small update to bfloat16 weights rounds twice
-    model: Any = load_model(base_folder, torch.float32, cpu)
+    model: Any = load_model(base_folder, torch.float32, cpu, loading_of(base_folder))
     num_ids = TextTokenizer.from_folder(folder if (folder / "tokenizer.json").is_file() else base_folder).num_ids
     if num_ids > model.get_input_embeddings().weight.shape[0]:  # the run added tokens
         model.resize_token_embeddings(num_ids, mean_resizing=False)

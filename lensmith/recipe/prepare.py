@@ -80,7 +80,7 @@ class Prepared:
     @property
     def limits(self) -> Limits:
         run = self.located.run
-        packing = run.batch.packing and self.family.packing == "segments"  # a family says what is exact for it
+        packing = run.batch.packing and self.family.packing != "one_sample_per_row"
         return Limits(run.device_tokens, run.batch.device_patches, packing)
 
 

@@ -129,7 +129,7 @@ def _patch_grid(prepared: Prepared, loader: Loader, file: int, block: Any, origi
         if block.frames:  # the first frame
             decoded = loader.video_patches(file, [block], origin)[0][: rows * columns]
         else:
-            decoded = loader.patches(loader.bytes_of(file, block.image, origin), block)
+            decoded = loader.patches(loader.bytes_of(file, block.image, origin), [block])[0][: rows * columns]
     except Drop as drop:
         return Text(f"[this picture does not decode: {drop}]", style="red")
     patches = decoded.reshape(rows // merge, columns // merge, merge * merge, 3, -1)

@@ -67,12 +67,7 @@ def warm_pays(prepared: Prepared, mode: str, cache: VisionCache) -> bool:
     if cache.folder is not None:
         return False
     samples = plan.num_steps() * (plan.samples or 1)
-    config = run_folder.read_json(prepared.model_folder / "config.json")
-    text, vision = {**config, **config.get("text_config", {})}, config["vision_config"]
-    levels = 1 + len(vision.get("deepstack_visual_indexes", ()))
-    width = text["hidden_size"] * levels
-    if mode == "projector":
-        width += prepared.family.pixels.merge**2 * vision.get("embed_dim", vision["hidden_size"])
+    width = prepared.family.feature_width(run_folder.read_json(prepared.model_folder / "config.json"), mode)
     tokens = sum(int(i.column("media_tokens").sum()) for i in (index, prepared.held) if i is not None)
     return samples >= len(index.trainable) and tokens * width * 4 <= cache.memory_bytes
 
@@ -394,7 +389,7 @@ class StageRun:
     def _write(self, folder: Path, p: Progress) -> None:
         write_state(folder / "state", self.built.optimizer, p)
         base, family = self.prepared.model_folder, self.prepared.family
-        pixels = {"min_pixels": family.pixels.min_pixels, "max_pixels": family.pixels.max_pixels}
+        pixels = family.pixels.limits
         tune = self.run_file.tune
         if isinstance(tune, Lora):
             dtype = getattr(torch, tune.saved)
