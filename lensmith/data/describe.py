@@ -21,11 +21,12 @@ SIZES = 400
 _MERGE = 1 << 20
 
 
-def describe(used: Index, read: Index | None, min_pixels: int, max_pixels: int) -> tuple[list[Record], int]:
+def describe(used: Index, read: Index | None, min_pixels: int, max_pixels: int | None) -> tuple[list[Record], int]:
     """Of each source its figures, and the width of the bins of their `lengths` in tokens.
 
     Lengths and pictures are those of `used`, rows and drops those of `read`; without `read`, all are of `used`, and
-    nothing is dropped. The area of a picture below `min_pixels` is enlarged, above `max_pixels` reduced.
+    nothing is dropped. The area of a picture below `min_pixels` is enlarged, above `max_pixels` reduced;
+    None: the model has a grid of its own.
     """
     tallies = _tallies(used if read is None else read, dropped=read is not None)
     pictures = _sizes(used)
@@ -144,7 +145,7 @@ class _Sizes:
         self.found, self.waiting = [(sizes, counts)], 0
         return sizes, counts
 
-    def figures(self, min_pixels: int, max_pixels: int) -> Record | None:
+    def figures(self, min_pixels: int, max_pixels: int | None) -> Record | None:
         """None without pictures."""
         if not self.found:
             return None
@@ -159,8 +160,8 @@ class _Sizes:
             "width": _spread(wide, counts),
             "height": _spread(high, counts),
             "mean_pixels": float((area * counts).sum()) / total,
-            "enlarged_share": int(counts[area < min_pixels].sum()) / total,
-            "reduced_share": int(counts[area > max_pixels].sum()) / total,
+            "enlarged_share": None if max_pixels is None else int(counts[area < min_pixels].sum()) / total,
+            "reduced_share": None if max_pixels is None else int(counts[area > max_pixels].sum()) / total,
         }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,6 +28,8 @@ class Template:
 
     text: str
     trained: bool = False
+    vendor: str | None = None
+    """What the model's own chat template writes in its place, where the family differs on purpose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,13 @@ class Rendering(Protocol):
     def place_image(self, image: Image, width: int, height: int) -> list[Piece]: ...
     def place_video(self, video: Video, info: VideoInfo) -> list[Piece]: ...
     def positions(self, kind_L: np.ndarray, blocks: Sequence[ImageBlock]) -> np.ndarray: ...
+
+
+@runtime_checkable
+class ByToken(Protocol):
+    """A family whose positions depend on the tokens around its pictures too; then `positions` is not asked."""
+
+    def token_positions(self, ids_L: np.ndarray, kind_L: np.ndarray, blocks: Sequence[ImageBlock]) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,13 +235,17 @@ class Encoder:
         return self._encoded([self._tokens(pieces)])
 
     def _encoded(self, tokens: Sequence[Tokens]) -> Encoded:
-        kind_L = np.concatenate([t.kinds for t in tokens])
+        ids_L, kind_L = np.concatenate([t.ids for t in tokens]), np.concatenate([t.kinds for t in tokens])
         blocks = tuple(b for t in tokens for b in t.blocks)
+        if isinstance(self.rendering, ByToken):
+            positions_3L = self.rendering.token_positions(ids_L, kind_L, blocks)
+        else:
+            positions_3L = self.rendering.positions(kind_L, blocks)
         return Encoded(
-            ids_L=np.concatenate([t.ids for t in tokens]),
+            ids_L=ids_L,
             trained_L=np.concatenate([t.trained for t in tokens]),
             kind_L=kind_L,
-            position_ids_3L=self.rendering.positions(kind_L, blocks),
+            position_ids_3L=positions_3L,
             segments=(Segment(0, len(kind_L)),),
             images=blocks,
         )

@@ -112,7 +112,9 @@ class LoaderSpec:
 class Loader:
     def __init__(self, spec: LoaderSpec):
         self.spec = spec
-        self.tokenizer = TextTokenizer(spec.tokenizer_json, spec.text_tokens)
+        # a family without such tokens need not say so
+        own: tuple[str, ...] = getattr(spec.family, "text_tokens", ())
+        self.tokenizer = TextTokenizer(spec.tokenizer_json, (*spec.text_tokens, *own))
         self._rows: dict[int, RowFile] = {}
         self._formats: dict[int, Format] = {i: f.format for i, f in enumerate(spec.files) if f.format is not None}
         self._roots = [Path(r) for r in spec.roots]

@@ -13,11 +13,13 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from lensmith.core.errors import ModelError
+from lensmith.data import sentencepiece
 
 SHORT, SHORT_TEXTS = 48, 4096
 """Texts up to so many characters are remembered: most runs between control tokens are the template's own."""
@@ -35,11 +37,46 @@ def with_tokens(file_json: str, tokens: Sequence[str]) -> str:
     return tokenizer.to_str()
 
 
+def tokenizer_text(folder: Path) -> str:
+    """The tokenizer of a model folder as `tokenizer.json` text. Raises `ModelError` when there is none.
+
+    Where the vendor's class is a slow one only (`auto_map` says so), it reads `tokenizer.model`, and so it is done
+    here: a `tokenizer.json` beside it may have other rules for spaces. If that has more tokens, some were added and
+    saved, and it is the one.
+    """
+    file, model = folder / "tokenizer.json", folder / "tokenizer.model"
+    text = file.read_text(encoding="utf-8") if file.is_file() else None
+    settings = _settings(folder / "tokenizer_config.json") if model.is_file() else {}
+    named = (settings.get("auto_map") or {}).get("AutoTokenizer")
+    slow_only = isinstance(named, list) and named[1:] == [None]
+    if model.is_file() and (text is None or slow_only):
+        added = {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+        own = sentencepiece.to_json(model.read_bytes(), added, str(model))
+        if text is None or TextTokenizer(text).num_ids <= TextTokenizer(own).num_ids:
+            return own
+    if text is not None:
+        return text
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str()
+    raise ModelError("TOKENIZER", "no tokenizer.json (nor tokenizer.model, nor vocab.json and merges.txt)",
+                     where=str(folder))  # fmt: skip
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ModelError("MODEL_FILE", f"not JSON: {error}", where=str(file)) from None
+
+
 class TextTokenizer:
     """Wraps `tokenizer.json`. Not shared between processes: each worker loads its own."""
 
     def __init__(self, file_json: str, text_tokens: Sequence[str] = ()):
-        """`text_tokens` are added tokens that data may contain as tokens (`model.add_tokens`).
+        """`text_tokens` are added tokens that data may contain as tokens (`model.add_tokens`, and those of the family);
+        names that this tokenizer lacks are passed over.
 
         Raises `ModelError` when this is no `tokenizer.json` that the tokenizers library can read.
         """
@@ -49,9 +86,9 @@ class TextTokenizer:
         except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower
             raise ModelError("TOKENIZER", f"not a tokenizer.json: {error}") from None
         self.added: dict[str, int] = {t["content"]: t["id"] for t in parsed.get("added_tokens", [])}
-        self.text_tokens = tuple(text_tokens)
-        self._border = _any_of(self.added)
-        self._text_border = _any_of(text_tokens)
+        self.text_tokens = frozenset(text_tokens) & self.added.keys()
+        self._border = _any_of(self.added.keys() - self.text_tokens)
+        self._text_border = _any_of(self.text_tokens)
         parsed["added_tokens"] = []
         parsed["truncation"] = parsed["padding"] = parsed["post_processor"] = None
         self._plain = Tokenizer.from_str(json.dumps(parsed))
@@ -60,14 +97,7 @@ class TextTokenizer:
 
     @staticmethod
     def from_folder(folder: Path) -> TextTokenizer:
-        file = folder / "tokenizer.json"
-        if file.is_file():
-            return TextTokenizer(file.read_text(encoding="utf-8"))
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            from transformers import AutoTokenizer
-
-            return TextTokenizer(AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str())
-        raise ModelError("TOKENIZER", "no tokenizer.json (nor vocab.json and merges.txt)", where=str(folder))
+        return TextTokenizer(tokenizer_text(folder))
 
     @cached_property
     def longest_token(self) -> int:
@@ -84,7 +114,7 @@ class TextTokenizer:
     def split_controls(self, text: str) -> list[tuple[str, int | None]]:
         """Template text in order: (text, None) for plain stretches, (name, id) for control tokens."""
         found = [t for t in self._border.split(text) if t] if self._border else [text]
-        return [(t, self.added.get(t)) for t in found]
+        return [(t, None if t in self.text_tokens else self.added.get(t)) for t in found]
 
     def plain(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids [n], where each token begins in characters of `text` [n], and whether it begins with a whole character
@@ -118,7 +148,7 @@ class TextTokenizer:
 
     def mentions_control(self, text: str) -> bool:
         """Whether the text holds the name of a token that it does not get."""
-        return any(token in text for token in self.added if token not in self.text_tokens)
+        return self._border is not None and self._border.search(text) is not None
 
     def full_json(self) -> str:
         """The tokenizer as `tokenizer.json` text."""

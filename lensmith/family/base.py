@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lensmith.model.load import Loading
+    from lensmith.model.loading import Loading
 
 Grid = tuple[int, int, int]
 View = tuple[int, ...]
@@ -44,6 +44,8 @@ class PixelSettings:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     merge: int = 1
+    grouped: bool = False
+    """Whether patches come in groups of merge x merge; else row by row."""
     temporal: int = 1
     min_pixels: int = 0
     max_pixels: int | None = None

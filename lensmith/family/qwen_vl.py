@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lensmith.model.attention import AttentionPlan
-    from lensmith.model.load import Loading
+    from lensmith.model.loading import Loading
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -288,7 +288,7 @@ class QwenVL:
 
     @property
     def loading(self) -> Loading:
-        from lensmith.model.load import Loading
+        from lensmith.model.loading import Loading
 
         return Loading()
 
@@ -408,6 +408,7 @@ def from_config(
         max_pixels=preprocessor.get("max_pixels") or size.get("longest_edge") or (16777216 if three else 12845056),
         patch=vision.get("patch_size") or vision.get("spatial_patch_size") or (16 if three else 14),
         merge=vision.get("spatial_merge_size", 2),
+        grouped=True,
         temporal=vision.get("temporal_patch_size", 2),
         mean=(mean_r, mean_g, mean_b),
         std=(std_r, std_g, std_b),

@@ -9,18 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 from lensmith.core.errors import ModelError
 from lensmith.core.sample import Conversation, Image, Message, Text
-from lensmith.data.encode import Picture
+from lensmith.data.encode import Picture, Piece, Template
 from lensmith.data.media import VideoLimits
 from lensmith.data.tokenizer import TextTokenizer
 from lensmith.family.template import default_system, render_vendor
 
 if TYPE_CHECKING:
-    from lensmith.model.load import Loading
+    from lensmith.model.loading import Loading
 
 FAMILIES: dict[str, str] = {
     "qwen2_vl": "lensmith.family.qwen_vl",
     "qwen2_5_vl": "lensmith.family.qwen_vl",
     "qwen3_vl": "lensmith.family.qwen_vl",
+    "minicpmv": "lensmith.family.minicpm_v",
+    "internvl": "lensmith.family.internvl",
+    "gemma3": "lensmith.family.gemma3",
+    "minicpmv4_6": "lensmith.family.minicpm_v4",
+    "minicpmv4_7": "lensmith.family.minicpm_v4",
+    "llava": "lensmith.family.llava",
+    "llava_next": "lensmith.family.llava",
+    "idefics3": "lensmith.family.idefics3",
+    "smolvlm": "lensmith.family.idefics3",
 }
 """model_type of config.json -> module with `from_config` and `DEFAULT_SYSTEM`."""
 
@@ -68,7 +77,7 @@ def load_family(
     template = vendor_template(folder)
     module = importlib.import_module(FAMILIES[model_type])
     system = _default_system(template, module.DEFAULT_SYSTEM[model_type], check)
-    family = module.from_config(config, preprocessor, system, shown, video)
+    family = module.from_config({**config, "chat_template": template}, preprocessor, system, shown, video)
     if (min_pixels or max_pixels) and family.pixels.max_pixels is None:
         raise ModelError("PIXELS", f"the sizes of pictures are fixed by the grid of family {family.name}",
                          remedy="take data.min_pixels and data.max_pixels out of the run file")  # fmt: skip
@@ -85,7 +94,7 @@ def load_family(
 
 def loading_of(folder: Path) -> Loading:
     """How the model in `folder` is built; as transformers builds it where no family knows it."""
-    from lensmith.model.load import Loading
+    from lensmith.model.loading import Loading
 
     known = read_json(folder / "config.json").get("model_type") in FAMILIES
     return load_family(folder, check=False).loading if known else Loading()
@@ -130,11 +139,20 @@ PROBE = Conversation(
 
 def _check_template(template: str, family: Any) -> None:
     """Equal text is equal tokens: both are tokenised alike. A picture is one image token before it is expanded."""
+    words = "the words of a probe"
+    blocks = words not in render_vendor(template, Conversation((Message("user", (Text(words),)),)))
     for conversation, ask in ((PROBE, False), (Conversation(PROBE.messages[:-1]), True)):
-        pieces = family.render(conversation, ask=ask)
-        ours = "".join(family.image_in_template if isinstance(p, Picture) else p.text for p in pieces)
-        theirs = render_vendor(template, conversation, add_generation_prompt=ask)
+        ours = "".join(_as_vendor(piece, family) for piece in family.render(conversation, ask=ask))
+        theirs = render_vendor(template, conversation, add_generation_prompt=ask, blocks=blocks)
         if ours != theirs:
             raise ModelError("TEMPLATE", f"the model's chat template renders a probe otherwise than family "
                              f"{family.name}:\n  model:  {theirs!r}\n  family: {ours!r}",
                              remedy="set model.template: force to train on the family's form all the same")  # fmt: skip
+
+
+def _as_vendor(piece: Piece, family: Any) -> str:
+    if isinstance(piece, Picture):
+        return family.image_in_template
+    if isinstance(piece, Template) and piece.vendor is not None:
+        return piece.vendor
+    return piece.text  # type: ignore[union-attr]

@@ -14,7 +14,7 @@ Shape letters: T tokens of the row, Q/K heads, D head size, n segments of a stac
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -50,6 +50,9 @@ class AttentionPlan:
     segments: tuple[Segment, ...]
     num_tokens: int
     causal: bool
+    sees: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = field(default=None, compare=False)
+    """In place of causality within a segment and its prefix: row places of queries [n, q, 1] and keys [n, 1, k], on the
+    host, to who sees whom, bool [n, q, k] (pictures seen both ways, windows). Never given to a flash kernel."""
     _device: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
@@ -71,7 +74,7 @@ class AttentionPlan:
                 groups.append([segment])
         for group in groups:
             group.sort(key=lambda s: s.start)
-        stacks = [_stack(group, self.causal) for group in groups]
+        stacks = [_stack(group, self.causal, self.sees) for group in groups]
         rows = torch.cat([_own_positions(g) for g in groups])
         if bool((rows == torch.arange(len(rows))).all()):
             return stacks, None
@@ -130,7 +133,9 @@ def _key_positions(s: Segment) -> torch.Tensor:
     return torch.cat([torch.arange(s.prefix_start, s.prefix_start + s.prefix_length), own]) if s.prefix_length else own
 
 
-def _stack(group: list[Segment], causal: bool) -> Stack:
+def _stack(
+    group: list[Segment], causal: bool, sees: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+) -> Stack:
     """Right-padded index tables. Padded entries repeat the segment's last token; padded queries are not taken."""
     prefix = group[0].prefix_length
     lengths = torch.tensor([s.length for s in group])
@@ -144,7 +149,10 @@ def _stack(group: list[Segment], causal: bool) -> Stack:
     real = torch.arange(longest)[None] < lengths[:, None]
     equal = bool((lengths == longest).all())
     mask = None
-    if causal and prefix:
+    if sees is not None:
+        there = torch.cat([torch.ones(len(group), prefix, dtype=torch.bool), real], dim=1)
+        mask = (sees(query[:, :, None], key[:, None, :]) & there[:, None, :])[:, None]
+    elif causal and prefix:
         mask = torch.ones(longest, prefix + longest, dtype=torch.bool).tril(prefix)[None, None]
     elif not causal and not equal:
         mask = real[:, None, None, :].expand(len(group), 1, longest, longest)
@@ -176,7 +184,7 @@ def segment_attention(
     q_TQD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
     assert query.shape[0] == 1 and q_TQD.shape[0] == plan.num_tokens, "a plan describes exactly one packed row"
     dtype = _compute_dtype(query)
-    if query.is_cuda and dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
+    if query.is_cuda and dtype in (torch.float16, torch.bfloat16) and dropout == 0.0 and plan.sees is None:
         out_TQD = _varlen(plan, q_TQD.to(dtype), k_TKD.to(dtype), v_TKD.to(dtype), scaling)
     else:
         out_TQD = _stacked(plan, q_TQD, k_TKD, v_TKD, scaling, dropout)
@@ -193,7 +201,7 @@ def _compute_dtype(query: torch.Tensor) -> torch.dtype:
 def _stacked(
     plan: AttentionPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, dropout: float
 ) -> torch.Tensor:
-    grouped = q.shape[1] != k.shape[1]
+    repeats = q.shape[1] // k.shape[1]
     stacks, inverse = plan.on(q.device)
     outputs: list[torch.Tensor] = []
     for stack in stacks:
@@ -203,6 +211,9 @@ def _stacked(
         else:
             qs = q.index_select(0, stack.query_index.flatten()).unflatten(0, stack.query_index.shape)
             ks, vs = (x.index_select(0, stack.key_index.flatten()).unflatten(0, stack.key_index.shape) for x in (k, v))
+        if repeats > 1 and stack.mask is not None:
+            # beside a mask, only CUDA's kernel that writes all scores down takes fewer heads of keys than of queries
+            ks, vs = (x.repeat_interleave(repeats, dim=2) for x in (ks, vs))
         out = F.scaled_dot_product_attention(
             qs.transpose(1, 2),
             ks.transpose(1, 2),
@@ -211,7 +222,7 @@ def _stacked(
             dropout_p=dropout,
             is_causal=plan.causal and stack.mask is None,
             scale=scale,
-            enable_gqa=grouped,
+            enable_gqa=qs.shape[2] != ks.shape[2],
         )
         flat = out.transpose(1, 2).flatten(0, 1)
         outputs.append(flat if stack.take is None else flat.index_select(0, stack.take))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import nn
 
 from lensmith.core.errors import ModelError
 from lensmith.model.attention import NAME, register
+from lensmith.model.loading import PLAIN, Loading
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -66,28 +65,14 @@ def base_dtype(folder: Path) -> torch.dtype:
     return max(sizes, key=lambda d: sizes[d])
 
 
-@dataclass(frozen=True)
-class Loading:
-    """What is special about building the model of a family."""
-
-    native: str | None = None
-    """`module:class` of a model class of our own, a `PreTrainedModel` with its `config_class`; None: transformers'."""
-    layer_kinds: frozenset[str] = frozenset({"full_attention"})
-    """Kinds of layers (`layer_types` of the config) that the family keeps exact in packed rows."""
-
-    def classes(self) -> tuple[Any, Any]:
-        """(config class, model class), each with `from_pretrained`."""
-        if self.native is None:
-            from transformers import AutoConfig, AutoModelForImageTextToText
-
-            return AutoConfig, AutoModelForImageTextToText
-        module, _, name = self.native.partition(":")
-        model = getattr(importlib.import_module(module), name)
-        return model.config_class, model
+def widest_dtype(folder: Path) -> torch.dtype:
+    """The type that holds every tensor on disk exactly: what the model is loaded in before parts get their types."""
+    found = set(tensor_dtypes(folder).values())
+    return found.pop() if len(found) == 1 else torch.float32
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device, loading: Loading = Loading()) -> nn.Module:
-    """The transformers model with every tensor in `dtype` and lensmith's attention. Never runs remote code.
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device, loading: Loading = PLAIN) -> nn.Module:
+    """The transformers model with every tensor in `dtype` and lensmith's attention. Runs no code but what is pinned.
 
     Raises `ModelError` when tensors are missing, have another shape, or the config asks for what packing cannot do.
     """
@@ -122,16 +107,18 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, loading: 
     return model.to(device)
 
 
-def skeleton(folder: Path, loading: Loading = Loading()) -> nn.Module:
+def skeleton(folder: Path, loading: Loading = PLAIN) -> nn.Module:
     """The model without weights, on the meta device: names and shapes. Raises `ModelError` as `load_model` does."""
     config, model = _config(folder, loading), loading.classes()[1]
     build = model.from_config if loading.native is None else model._from_config
     with torch.device("meta"):
-        return build(config, dtype=base_dtype(folder))
+        return build(config, dtype=base_dtype(folder), **_code(loading))
 
 
 def _code(loading: Loading) -> dict[str, Any]:
-    """Never code of the folder's; said, for transformers asks on the terminal where nothing is said."""
+    """Code of the folder's only if it is pinned; said, for transformers asks on the terminal where nothing is said."""
+    if loading.code is not None:
+        return loading.code.arguments
     return {"trust_remote_code": False} if loading.native is None else {}
 
 

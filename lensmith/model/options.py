@@ -23,16 +23,45 @@ class Model(Part):
     add_tokens: tuple[str, ...] = ()
     """New tokens (for example `<box>`). They are recognised in the data's texts; the embedding grows by them where it
     is too small, and their rows are trained."""
+    remote_code: str | None = Field(default=None, pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})$")
+    """Run the code that the model brings, if it is this: the commit (40 hex digits) of its Hub repository, or the
+    SHA-256 over its *.py files that lensmith prints. Left out, no such code is ever run."""
     template: Literal["check", "force"] = "check"
     """`check`: refuse a model whose chat template differs from the family's. `force`: render the family's anyway."""
+
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+PrecisionPart = Literal["vision", "projector", "language", "embeddings", "head", "adapter"]
+
+
+class PartPrecision(Part):
+    """What one part keeps and computes in another type than the preset says."""
+
+    parameters: Dtype | None = None
+    """Of its parameters, trained or frozen. Trained ones in half precision are updated as the preset says, else through
+    float32 masters."""
+    compute: Dtype | None = None
+    """Of its matrix products. `float32` needs float32 parameters."""
+    gradients: Dtype | None = None
+    """In which gradients are added up over micro-batches. Left out: float32."""
+    optimizer: Dtype | None = None
+    """Of the optimizer's moments. Left out: float32. bfloat16 ones are rounded stochastically."""
+    saved: Dtype | None = None
+    """Of its tensors in published weights. Left out: as the base model on disk; adapters float32."""
 
 
 class Precision(Part):
     """What is kept and computed in which type (docs/numerics.md)."""
 
-    preset: Literal["auto", "fp32", "bf16", "bf16-params"] = "auto"
-    """`fp32`: all float32. `bf16`: float32 trainable parameters, bfloat16 frozen base and compute. `bf16-params`:
-    bfloat16 parameters and compute with float32 masters in the optimizer. `auto`: bf16 on a GPU, fp32 on a CPU."""
+    preset: Literal[
+        "auto", "fp32", "bf16", "bf16-params", "bf16-params-compensated", "bf16-params-stochastic", "fp16"
+    ] = "auto"
+    """`fp32`: all float32. `bf16`: float32 trained parameters, bfloat16 frozen base and compute. `bf16-params`:
+    bfloat16 parameters and compute with float32 masters in the optimizer; `bf16-params-compensated` and
+    `bf16-params-stochastic` keep the rounding error, or round at random, instead. `fp16`: float32 trained parameters,
+    float16 frozen base and compute, a loss scale. `auto`: bf16 on a GPU, fp32 on a CPU."""
+    parts: dict[PrecisionPart, PartPrecision] = Field(default_factory=dict[PrecisionPart, PartPrecision])
+    """Single parts that differ, e.g. {vision: {parameters: float32, compute: float32}}."""
 
 
 class Full(Part):
@@ -69,8 +98,6 @@ class Lora(Part):
     """Train magnitude and direction apart (arXiv 2402.09353)."""
     parts: tuple[Literal["vision", "projector", "language"], ...] = ("language",)
     """Parts whose linear layers get adapters. The default does not touch the vision tower's MLP."""
-    saved: Literal["float32", "bfloat16"] = "float32"
-    """Type of the saved adapter. It trains in float32 in every case."""
     pattern: str | None = None
     """A regular expression over full module names instead of `parts`. Matching nothing is an error."""
 

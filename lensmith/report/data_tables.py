@@ -66,8 +66,8 @@ def pictures(sources: Sequence[Record]) -> Table:
     if any(s["videos"] for s in shown):
         columns.append(("Videos", _of("videos")))
     columns += [
-        ("Their tokens", _of("media_tokens")), ("Enlarged", lambda s: _picture(s, "enlarged_share", percent)),
-        ("Reduced", lambda s: _picture(s, "reduced_share", percent)),
+        ("Their tokens", _of("media_tokens")), ("Enlarged", lambda s: _picture(s, "enlarged_share", _share)),
+        ("Reduced", lambda s: _picture(s, "reduced_share", _share)),
     ]  # fmt: skip
     return _by_source("Pictures", shown, columns)
 
