@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from lensmith.checkpoint.export import carry, write_model
+from lensmith.checkpoint.export import SavedTypes, carry, write_model
+from lensmith.checkpoint.inspect import inspect
 from lensmith.checkpoint.store import Damaged, Store, sync_folder, verify
 from lensmith.core.errors import ConfigError, ModelError
 from lensmith.data.tokenizer import TextTokenizer
@@ -40,25 +41,25 @@ def export(
         raise ConfigError("DTYPE", f"--dtype {dtype!r}", remedy=f"one of {', '.join(DTYPES)}")
     if shard_gb <= 0:
         raise ConfigError("OUTPUT", f"--shard-gb {shard_gb} is not a size", remedy="e.g. --shard-gb 5")
-    model_folder = _model_folder(checkpoint, terminal)
+    found = model_folder(checkpoint, terminal)
     staging = output.with_name(f".{output.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
-    adapter = (model_folder / "adapter_config.json").is_file()
+    adapter = (found / "adapter_config.json").is_file()
     if adapter and not merge and dtype is not None:
         raise ConfigError("DTYPE", "--no-merge copies the adapter as it is, so --dtype means nothing",
-                          remedy="leave one of them out; tune.saved sets the type of a saved adapter")  # fmt: skip
+                          remedy="leave one of them out; a run saves it in precision.parts.adapter.saved")  # fmt: skip
     with terminal.progress(f"Writing {output}", None, counted=False):
         if adapter and not merge:
-            shutil.copytree(model_folder, staging)
+            shutil.copytree(found, staging)
         else:
-            _write(model_folder, staging, adapter=adapter, base=base, dtype=DTYPES.get(dtype or ""), shard_gb=shard_gb)
+            _write(found, staging, adapter=adapter, base=base, dtype=DTYPES.get(dtype or ""), shard_gb=shard_gb)
         sync_folder(staging)
     staging.rename(output)
     terminal.event("exported", f"model written to {output}", path=str(output))
     return output
 
 
-def _model_folder(path: Path, terminal: Terminal) -> Path:
+def model_folder(path: Path, terminal: Terminal) -> Path:
     """The `model` folder of a verified checkpoint, of a run's newest one, or the folder itself."""
     if (path / "checkpoints").is_dir():
         found = Store(path / "checkpoints").newest(terminal.warning)
@@ -69,7 +70,7 @@ def _model_folder(path: Path, terminal: Terminal) -> Path:
         try:
             return verify(path).folder / "model"
         except Damaged as error:
-            raise ModelError("CHECKPOINT", str(error), remedy="export another checkpoint of this run") from None
+            raise ModelError("CHECKPOINT", str(error), remedy="name another checkpoint of this run") from None
     if (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
         return path
     raise ModelError("CHECKPOINT", "neither a run folder, a checkpoint nor a model folder", where=str(path))
@@ -80,14 +81,15 @@ def _write(
 ) -> None:
     cpu = torch.device("cpu")
     if not adapter:
-        model = load_model(folder, dtype or base_dtype(folder), cpu, loading_of(folder))
-        write_model(staging, model, folder, dtype or base_dtype(folder), shard_gb=shard_gb)
+        target = dtype or _meant(folder)
+        model = load_model(folder, target, cpu, loading_of(folder))
+        write_model(staging, model, folder, SavedTypes.all(target), shard_gb=shard_gb)
         return
     from peft import PeftModel
 
     said = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     base_folder = resolve(Model(path=base or said), Path.cwd())
-    target = dtype or base_dtype(base_folder)
+    target = dtype or _meant(base_folder)
     # float32 while merging: adding a small update to bfloat16 weights rounds twice
     model: Any = load_model(base_folder, torch.float32, cpu, loading_of(base_folder))
     num_ids = TextTokenizer.from_folder(folder if (folder / "tokenizer.json").is_file() else base_folder).num_ids
@@ -96,5 +98,10 @@ def _write(
     with peft_is_quiet():
         peft = PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
     merged = peft.merge_and_unload()  # type: ignore[operator]
-    write_model(staging, merged, base_folder, target, shard_gb=shard_gb)
+    write_model(staging, merged, base_folder, SavedTypes.all(target), shard_gb=shard_gb)
     carry(staging, folder, None)
+
+
+def _meant(folder: Path) -> torch.dtype:
+    """The type of a model; where its tensors are of several, the one its config names."""
+    return inspect(folder).natural_dtype or base_dtype(folder)
