@@ -71,6 +71,16 @@ def test_their_rows_train_and_are_saved(tmp_path: Path, located_data: Path, tune
     assert (model.get_output_embeddings().weight is end) == tie
 
 
+def test_a_token_that_is_there_keeps_its_row(tmp_path: Path, qwen25: Path, located_data: Path) -> None:
+    over: dict[str, Any] = {"tune": {"kind": "full"}, "model": {"add_tokens": ["<tool_call>", "<loc>"]}}
+    names = TextTokenizer.from_folder(qwen25).added
+    there = names["<tool_call>"]
+    plain = build(prepare(runs.located(tmp_path / "a", qwen25, located_data), Terminal("quiet")))
+    grown = build(prepare(runs.located(tmp_path / "b", qwen25, located_data, **over), Terminal("quiet")))
+    before = plain.root.model.get_input_embeddings().weight
+    assert torch.equal(grown.root.model.get_input_embeddings().weight[there], before[there])
+
+
 def test_frozen_rows_are_refused(tmp_path: Path, qwen25: Path, located_data: Path) -> None:
     run = runs.located(
         tmp_path / "run",

@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from lensmith.core.errors import ConfigError
 from lensmith.family.qwen_vl import QwenVL, from_config
 from lensmith.family.registry import load_family
-from lensmith.model import tune
+from lensmith.model import precision, tune
 from lensmith.model.load import is_tied, load_model
-from lensmith.model.options import Freeze, Full, Lora
+from lensmith.model.options import Freeze, Full, Lora, Precision
 
 PUBLISHED = json.loads((tiny.DATA / "published_configs.json").read_text())
 
@@ -266,7 +266,8 @@ def test_full_trains_all_and_keeps_the_tie(models: Path, name: str) -> None:
     tuned = tune.apply(model, Full(), family)
     assert tune.count(model)[0] == tune.count(model)[1] == sum(p.numel() for _, p in tuned.trainable())
     assert trained(tuned) == {n for n, _ in model.named_parameters()} and "lm_head.weight" not in trained(tuned)
-    tune.cast(model, torch.bfloat16, torch.float32)
+    cpu, half = torch.device("cpu"), torch.bfloat16
+    precision.cast(model, precision.plan(Precision(preset="bf16-params"), cpu, half), family.part_of)
     assert is_tied(model) and model.lm_head.weight.dtype == torch.bfloat16
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from lensmith.core.errors import RunError
 from lensmith.model.load import SAFETENSORS_DTYPES, read_header
+from lensmith.model.precision import PrecisionPlan, part_in, text
 
 CARRIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -20,58 +23,75 @@ CARRIED = (
 """Files of the base model that belong to every model made from it."""
 
 
+@dataclass(frozen=True)
+class SavedTypes:
+    """In which type each tensor is saved, by its live name or that on disk, and what each sub-config says."""
+
+    root: torch.dtype
+    of: Callable[[str], torch.dtype]
+    configs: Mapping[str, torch.dtype]
+
+    @staticmethod
+    def all(dtype: torch.dtype) -> SavedTypes:
+        return SavedTypes(dtype, lambda name: dtype, {})
+
+    @staticmethod
+    def planned(plan: PrecisionPlan, part_of: Callable[[str], str]) -> SavedTypes:
+        configs = {"text_config": plan.of("language").saved, "vision_config": plan.of("vision").saved}
+        return SavedTypes(configs["text_config"], lambda name: plan.of(part_in(part_of, name)).saved, configs)
+
+    def of_config(self, name: str) -> torch.dtype:
+        """Of the sub-config of this name; "" is the root."""
+        return self.configs.get(name, self.root)
+
+
 def write_model(
     folder: Path,
     model: Any,
     base: Path,
-    dtype: torch.dtype,
+    types: SavedTypes,
     *,
     shard_gb: float = 5.0,
     pixels: dict[str, int] | None = None,
 ) -> None:
-    """Full weights in the vendor's tensor names, all in `dtype`, with config, tokenizer, processor and pixel settings.
+    """Full weights in the vendor's tensor names and the promised types, with config, tokenizer, processor and pixel
+    settings.
 
     transformers' save_pretrained rewrites only the root dtype and leaves the sub-configs at the load-time one, so a
     model saved in bfloat16 claims a float32 tower (LLaMA-Factory issue 7401): here config and tensors are set together
     and then verified on disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = _converted(model.state_dict(), dtype)
-    restore = _set_dtype(model.config, dtype)
+    state = _converted(model.state_dict(), types)
+    restore = _set_dtypes(model.config, types)
     try:
         model.save_pretrained(folder, state_dict=state, max_shard_size=f"{shard_gb}GB", safe_serialization=True)
     finally:
         restore()
-    _fix_config(folder / "config.json", dtype)
+    _fix_config(folder / "config.json", types)
     carry(folder, base, pixels)
-    verify_dtypes(folder, dtype)
+    verify_dtypes(folder, types)
 
 
-def _converted(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _converted(state: dict[str, torch.Tensor], types: SavedTypes) -> dict[str, torch.Tensor]:
     """Tensors that share memory (a tied head) share it still, or they would be written twice."""
     done: dict[tuple[int, int], torch.Tensor] = {}
     out: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         key = (tensor.data_ptr(), tensor.numel())
         if key not in done or done[key].shape != tensor.shape:
-            done[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            done[key] = tensor.to(types.of(name)) if tensor.is_floating_point() else tensor
         out[name] = done[key]
     return out
 
 
-def _set_dtype(config: Any, dtype: torch.dtype) -> Any:
+def _set_dtypes(config: Any, types: SavedTypes) -> Any:
     """Set root and sub-config dtypes for the time of a save; returns what puts them back."""
-    configs = [
-        config,
-        *(
-            getattr(config, name)
-            for name in getattr(config, "sub_configs", {})
-            if getattr(config, name, None) is not None
-        ),
-    ]
-    before = [(c, c.dtype) for c in configs]
-    for c in configs:
-        c.dtype = dtype
+    names = [n for n in getattr(config, "sub_configs", {}) if getattr(config, n, None) is not None]
+    configs = {"": config, **{name: getattr(config, name) for name in names}}
+    before = [(c, c.dtype) for c in configs.values()]
+    for name, c in configs.items():
+        c.dtype = types.of_config(name)
 
     def restore() -> None:
         for c, old in before:
@@ -80,14 +100,14 @@ def _set_dtype(config: Any, dtype: torch.dtype) -> Any:
     return restore
 
 
-def _fix_config(path: Path, dtype: torch.dtype) -> None:
+def _fix_config(path: Path, types: SavedTypes) -> None:
     """save_pretrained sets the root to the dtype of the live model's first parameter, not of the given tensors."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    text = str(dtype).removeprefix("torch.")
-    config["dtype"] = text
-    for sub in config.values():
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    config[key] = text(types.root)
+    for name, sub in config.items():
         if isinstance(sub, dict) and "dtype" in sub:
-            sub["dtype"] = text
+            sub["dtype"] = text(types.of_config(name))
     config.pop("use_cache", None)
     for sub in config.values():
         if isinstance(sub, dict):
@@ -118,7 +138,7 @@ def write_adapter(
     config.save_pretrained(folder)
     config.base_model_name_or_path, config.inference_mode, config.revision = before
     carry(folder, base, pixels)
-    verify_dtypes(folder, dtype, config=False)
+    verify_dtypes(folder, SavedTypes.all(dtype), config=False)
 
 
 def carry(folder: Path, base: Path, pixels: dict[str, int] | None) -> None:
@@ -140,22 +160,22 @@ def carry(folder: Path, base: Path, pixels: dict[str, int] | None) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def verify_dtypes(folder: Path, dtype: torch.dtype, *, config: bool = True) -> None:
-    """Every tensor on disk, and every (sub-)config that names a dtype, must have `dtype`. Raises `RunError` DTYPE."""
+def verify_dtypes(folder: Path, types: SavedTypes, *, config: bool = True) -> None:
+    """Every tensor on disk, and every (sub-)config that names a dtype, must be as promised. Raises `RunError` DTYPE."""
     for file in sorted(folder.glob("*.safetensors")):
         for name, entry in read_header(file).items():
             found = SAFETENSORS_DTYPES.get(entry["dtype"])
-            if found is not None and found != dtype:
-                raise RunError("DTYPE", f"tensor {name} was saved as {found}, not {dtype}", where=str(file))
+            if found is not None and found != (want := types.of(name)):
+                raise RunError("DTYPE", f"tensor {name} was saved as {found}, not {want}", where=str(file))
     if not config:
         return
     parsed = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     named = {"": parsed, **{k: v for k, v in parsed.items() if isinstance(v, dict)}}
     for name, sub in named.items():
         said = sub.get("dtype") or sub.get("torch_dtype")
-        if (said is not None or name == "") and said != str(dtype).removeprefix("torch."):
+        if (said is not None or name == "") and said != text(want := types.of_config(name)):
             raise RunError(
                 "DTYPE",
-                f"{name or 'config'} says dtype {said}, the tensors are {dtype}",
+                f"{name or 'config'} says dtype {said}, the tensors are {want}",
                 where=str(folder / "config.json"),
             )

@@ -1,21 +1,40 @@
-"""AdamW over named parameters, with float32 masters where parameters are kept in half precision."""
+"""AdamW over named parameters: in float32, through float32 masters, or on half-precision parameters alone."""
 
 # pyright: reportUnknownMemberType=false
 # (the stubs of torch and safetensors leave parts of these types open)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
+from lensmith.engine.lean import LeanAdamW
 from lensmith.engine.options import AdamW
 
 Named = Sequence[tuple[str, nn.Parameter]]
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Keep:
+    """How the parameters of a part are kept while they train (lensmith/model/precision.py)."""
+
+    update: Literal["plain", "masters", "compensated", "stochastic"] = "plain"
+    parameters: torch.dtype = torch.float32
+    """The type they will have once the optimizer is made; `masters` and what is kept beside them are made from the
+    values as they are now."""
+    gradients: torch.dtype = torch.float32
+    moments: torch.dtype = torch.float32
+
+    @property
+    def lean(self) -> bool:
+        """Whether torch's AdamW cannot do it."""
+        return self.update in ("compensated", "stochastic") or self.moments != torch.float32
 
 
 @dataclass
@@ -26,84 +45,96 @@ class Group:
     lr: float
     weight_decay: float
     names: list[str]
+    rate: float = 0.0
+    """The rate of the last update."""
 
 
 class MasterAdamW:
-    """torch's AdamW on the parameters, or on float32 copies of them.
+    """torch's AdamW on the parameters or on float32 copies of them, and `LeanAdamW` where nothing is copied.
 
-    With masters, gradients of every micro-batch are added into float32 (`collect`), so accumulation loses nothing to
-    half precision; after a step the copies are rounded into the parameters.
+    `keep` says for each part how; a part that it does not name is plain float32. Gradients are added up over
+    micro-batches in `Keep.gradients`, so accumulation in float32 loses nothing to half precision.
     """
 
-    def __init__(self, named: Named, parts: Sequence[str], options: AdamW, *, masters: bool):
+    def __init__(
+        self, named: Named, parts: Sequence[str], options: AdamW, keep: Mapping[str, Keep] | None = None, seed: int = 0
+    ):
+        """`parts`: of each parameter the part whose rates it has; `keep`: parameter name -> how it is kept."""
         self.named = list(named)
-        self.masters = masters
+        keep = keep or {}
+        self.keep = {n: keep.get(n, Keep()) for n, _ in self.named}
         self.master: dict[str, torch.Tensor] = {
-            n: p.detach().to(torch.float32, copy=True).requires_grad_(True) if masters else p for n, p in self.named
+            n: p.detach().to(torch.float32, copy=True).requires_grad_(True) if self._has_master(n) else p
+            for n, p in self.named
         }
-        self.groups: list[Group] = []
-        table: dict[tuple[str, float], Group] = {}
-        for (name, p), part in zip(self.named, parts, strict=True):
-            lr, decay = options.rate(part)
-            decay = decay if p.ndim >= 2 else 0.0
-            if (part, decay) not in table:
-                table[(part, decay)] = Group(part, lr, decay, [])
-                self.groups.append(table[(part, decay)])
-            table[(part, decay)].names.append(name)
-        groups = [(g, [self.master[n] for n in g.names]) for g in self.groups]
+        self.groups = _groups(self.named, parts, options)
+        self.lean = LeanAdamW(options, seed)
+        plain: list[tuple[Group, list[torch.Tensor]]] = []
+        for g in self.groups:
+            for n in g.names:
+                if self.keep[n].lean:
+                    self.lean.add(n, self.master[n], self.keep[n].update, self.keep[n].parameters, self.keep[n].moments)
+            plain.append((g, [self.master[n] for n in g.names if not self.keep[n].lean]))
         self.torch = torch.optim.AdamW(
-            [{"params": tensors, "lr": g.lr, "weight_decay": g.weight_decay} for g, tensors in groups],
+            [{"params": tensors, "lr": g.lr, "weight_decay": g.weight_decay} for g, tensors in plain],
             lr=options.lr, betas=options.betas, eps=options.eps, fused=True,
         )  # fmt: skip
 
-    def collect(self) -> None:
-        """After each backward pass. Moves half-precision gradients into the float32 masters."""
-        if not self.masters:
-            return
+    def _has_master(self, name: str) -> bool:
+        return self.keep[name].update == "masters"
+
+    def settle(self) -> None:
+        """Once parameters have the types they train in: their gradients are added up in `Keep.gradients`."""
         for name, p in self.named:
-            if p.grad is not None:
-                grad = self.master[name].grad
-                if grad is None:
-                    self.master[name].grad = p.grad.float()
-                else:
-                    grad += p.grad
-                p.grad = None
+            p.grad_dtype = self.keep[name].gradients
 
     def gradients(self) -> list[tuple[str, torch.Tensor]]:
-        """(name, gradient) of everything that has one."""
+        """(name, gradient) of everything that has one; those of masters move to them."""
+        for name, p in self.named:
+            if self._has_master(name) and p.grad is not None:
+                self.master[name].grad = p.grad.float()
+                p.grad = None
         return [(n, g) for n, _ in self.named if (g := self.master[n].grad) is not None]
 
     def parameters(self) -> list[torch.Tensor]:
+        """What carries the gradients, after `gradients`."""
         return list(self.master.values())
 
     def step(self, factor: float) -> None:
         """One update at `factor` of each group's peak rate."""
         for group, own in zip(self.torch.param_groups, self.groups, strict=True):
-            group["lr"] = own.lr * factor
+            group["lr"] = own.rate = own.lr * factor
         self.torch.step()
-        if self.masters:
-            with torch.no_grad():
-                for name, p in self.named:
+        for own in self.groups:
+            for name in own.names:
+                if self.keep[name].lean:
+                    self.lean.step(name, self.master[name], own.rate, own.weight_decay)
+        with torch.no_grad():
+            for name, p in self.named:
+                if self._has_master(name):
                     p.copy_(self.master[name])
 
     def zero_grad(self) -> None:
-        self.torch.zero_grad(set_to_none=True)
-        for _, p in self.named:
-            p.grad = None
+        for name, p in self.named:
+            p.grad = self.master[name].grad = None
 
     def rates(self) -> dict[str, float]:
-        """Current learning rate per part."""
-        return {own.part: float(g["lr"]) for g, own in zip(self.torch.param_groups, self.groups, strict=True)}
+        """Learning rate of the last update per part."""
+        return {own.part: own.rate for own in self.groups}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The training state by parameter name: `param/NAME` in float32 and its moments; by name, so that another
-        engine or rank count can take it up."""
+        engine, precision or rank count can take it up."""
         out: dict[str, torch.Tensor] = {}
         for name, _ in self.named:
             tensor = self.master[name]
-            out[f"param/{name}"] = tensor.detach()
-            for key, value in self.torch.state.get(tensor, {}).items():
-                out[f"{key}/{name}"] = value.detach()
+            if self.keep[name].lean:
+                out[f"param/{name}"] = self.lean.value(name, tensor)
+                state = self.lean.state[name].moments()
+            else:
+                out[f"param/{name}"] = tensor.detach()
+                state = self.torch.state.get(tensor, {})
+            out |= {f"{key}/{name}": value.detach() for key, value in state.items()}
         return out
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -113,12 +144,22 @@ class MasterAdamW:
                 if f"param/{name}" not in tensors:
                     continue
                 target = self.master[name]
-                target.copy_(tensors[f"param/{name}"])
-                if self.masters:
+                value = tensors[f"param/{name}"].to(target.device)
+                state = {k: v.to(target.device) for k in MOMENTS if (v := tensors.get(f"{k}/{name}")) is not None}
+                if self.keep[name].lean:
+                    self.lean.load(name, target, value, state)
+                    continue
+                target.copy_(value)
+                if self._has_master(name):
                     p.copy_(target)
-                state: dict[str, torch.Tensor] = {}
-                for key in MOMENTS:  # fused AdamW wants its step count on the parameter's device too
-                    if (value := tensors.get(f"{key}/{name}")) is not None:
-                        state[key] = value.to(target.device, copy=True)
-                if state:
-                    self.torch.state[target] = state
+                if state:  # fused AdamW wants its step count on the parameter's device too
+                    self.torch.state[target] = {k: v.to(torch.float32, copy=True) for k, v in state.items()}
+
+
+def _groups(named: Named, parts: Sequence[str], options: AdamW) -> list[Group]:
+    table: dict[tuple[str, float], Group] = {}
+    for (name, p), part in zip(named, parts, strict=True):
+        lr, decay = options.rate(part)
+        decay = decay if p.ndim >= 2 else 0.0
+        table.setdefault((part, decay), Group(part, lr, decay, [], lr)).names.append(name)
+    return list(table.values())

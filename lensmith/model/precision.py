@@ -1,37 +1,222 @@
-"""Presets of precision: in which type parameters are loaded, trained, computed and saved."""
+"""The precision contract: for each part of the model, in which type things are kept, computed, updated and saved."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 
-from lensmith.core.errors import ConfigError
-from lensmith.model.options import Precision
+from lensmith.core.errors import ConfigError, ModelError
+from lensmith.model.options import PartPrecision, Precision, PrecisionPart
+from lensmith.model.tune import is_adapter
+
+Update = Literal["plain", "masters", "compensated", "stochastic"]
+"""How parameters take an update: in their own float32; through a float32 copy; with the rounding error kept beside them
+(Kahan, CACM 8 (1965) 40); or rounded up or down at random so that the mean is right (arXiv 2010.06192)."""
+PRECISION_PARTS: tuple[PrecisionPart, ...] = get_args(PrecisionPart)
+HALF, FULL, FP16 = torch.bfloat16, torch.float32, torch.float16
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """Types of one part. `trained` and `frozen`: of its parameters that train and that do not."""
+
+    trained: torch.dtype
+    frozen: torch.dtype
+    compute: torch.dtype
+    """Of matrix products; sums in norms, softmax and loss are float32 in every case."""
+    gradients: torch.dtype
+    """In which gradients are added up over micro-batches and ranks."""
+    optimizer: torch.dtype
+    """Of the optimizer's moments."""
+    saved: torch.dtype
+    update: Update
 
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """Types by role. `compute` None: the parameters' own type, without autocast."""
+    """The types of every part; `loss_scale`: the loss is scaled up before the backward pass, against underflow."""
 
     preset: str
+    parts: Mapping[str, PartPlan]
+    loss_scale: bool = False
+
+    def of(self, part: str) -> PartPlan:
+        return self.parts[part]
+
+    @property
+    def compute(self) -> torch.dtype:
+        """Of the model as a whole; parts that differ switch at their borders."""
+        return self.parts["language"].compute
+
+    def table(self) -> dict[str, dict[str, str]]:
+        """Part -> role -> type, as text."""
+        return {
+            part: {k: v if isinstance(v, str) else text(v) for k, v in vars(plan).items()}
+            for part, plan in self.parts.items()
+        }
+
+
+@dataclass(frozen=True)
+class _Preset:
+    trained: torch.dtype
     frozen: torch.dtype
-    trainable: torch.dtype
-    compute: torch.dtype | None
-    masters: bool
-    saved: torch.dtype
+    compute: torch.dtype
+    update: Update = "plain"
+
+
+PRESETS: dict[str, _Preset] = {
+    "fp32": _Preset(FULL, FULL, FULL),
+    "bf16": _Preset(FULL, HALF, HALF),
+    "bf16-params": _Preset(HALF, HALF, HALF, "masters"),
+    "bf16-params-compensated": _Preset(HALF, HALF, HALF, "compensated"),
+    "bf16-params-stochastic": _Preset(HALF, HALF, HALF, "stochastic"),
+    "fp16": _Preset(FULL, FP16, FP16),
+}
+
+
+def text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def named(name: str) -> torch.dtype:
+    return getattr(torch, name)
 
 
 def plan(options: Precision, device: torch.device, base: torch.dtype) -> PrecisionPlan:
-    """The plan of a preset. Full weights are saved in the type the base has on disk."""
-    preset = options.preset
-    if preset == "auto":
-        preset = "bf16" if device.type == "cuda" else "fp32"
-    if preset != "fp32" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ConfigError("PRECISION", f"precision.preset {preset!r}: this GPU has no bfloat16", remedy="use fp32")
-    half, full = torch.bfloat16, torch.float32
-    if preset == "fp32":
-        return PrecisionPlan(preset, full, full, None, False, base)
-    if preset == "bf16":
-        return PrecisionPlan(preset, half, full, half, False, base)
-    return PrecisionPlan(preset, half, half, half, True, base)
+    """The plan of a run file's options. Full weights are saved in the type the base has on disk, adapters in float32.
+
+    Raises `ConfigError` PRECISION for what device or engine cannot do, and for types that contradict one another.
+    """
+    name = options.preset
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    preset = PRESETS[name]
+    if HALF in (preset.frozen, preset.compute) and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError(
+            "PRECISION", f"precision.preset {name!r}: this GPU has no bfloat16", remedy="use fp32 or fp16"
+        )
+    parts: dict[str, PartPlan] = {}
+    for part in PRECISION_PARTS:
+        adapter = part == "adapter"
+        plain = PartPlan(
+            FULL if adapter else preset.trained, FULL if adapter else preset.frozen, preset.compute, FULL, FULL,
+            FULL if adapter else base, "plain" if adapter else preset.update,
+        )  # fmt: skip
+        parts[part] = _with(plain, preset, part, options.parts.get(part) or PartPrecision())
+    return PrecisionPlan(name, parts, preset.compute == FP16)
+
+
+def _with(plan: PartPlan, preset: _Preset, part: str, own: PartPrecision) -> PartPlan:
+    """A part's plan with what the run file says of it."""
+    key = f"precision.parts.{part}"
+    if own.parameters is not None:
+        dtype = named(own.parameters)
+        update = "plain" if dtype == FULL else preset.update if preset.update != "plain" else "masters"
+        plan = replace(plan, trained=dtype, frozen=dtype, update=update)
+    given = {role: named(v) for role in ("compute", "gradients", "optimizer", "saved") if (v := getattr(own, role))}
+    if part == "adapter" and "compute" in given:
+        raise ConfigError("PRECISION", f"{key}.compute: an adapter computes in the type of the part that it is in",
+                          remedy="set compute of that part")  # fmt: skip
+    plan = replace(plan, **given)
+    if plan.compute == FULL and part != "adapter" and (plan.frozen != FULL or plan.trained != FULL):
+        raise ConfigError("PRECISION", f"{key}: float32 compute over {text(plan.frozen)} parameters",
+                          remedy=f"set {key}.parameters: float32 too")  # fmt: skip
+    if {plan.trained, plan.frozen, plan.compute} >= {HALF, FP16}:
+        raise ConfigError("PRECISION", f"{key}: bfloat16 and float16 in one part",
+                          remedy="keep one of them (docs/numerics.md)")  # fmt: skip
+    if plan.trained == FP16 and plan.update != "masters":
+        raise ConfigError("PRECISION", f"{key}: float16 parameters need float32 masters", remedy="use bfloat16")
+    if plan.gradients == FP16 or plan.optimizer == FP16:
+        raise ConfigError("PRECISION", f"{key}: gradients and moments in float16 would over- and underflow",
+                          remedy="use float32 or bfloat16")  # fmt: skip
+    if plan.trained == FULL and plan.gradients != FULL:
+        raise ConfigError("PRECISION", f"{key}: {text(plan.gradients)} gradients of float32 parameters",
+                          remedy=f"leave {key}.gradients out, or set parameters: bfloat16")  # fmt: skip
+    return plan
+
+
+def part_in(part_of: Callable[[str], str], name: str) -> str:
+    """The part whose types a parameter has: adapters are a part of their own, wherever they are."""
+    return "adapter" if is_adapter(name) else part_of(name)
+
+
+def cast(model: nn.Module, plan: PrecisionPlan, part_of: Callable[[str], str], *, trained: bool | None = None) -> None:
+    """Put parameters into their types, in place; tied tensors stay one, buffers (rotary tables) stay as they are.
+
+    `trained` True or False: only those that train, or do not.
+    """
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and trained in (None, p.requires_grad):
+            own = plan.of(part_in(part_of, name))
+            p.data = p.data.to(own.trained if p.requires_grad else own.frozen)
+
+
+def verify(model: nn.Module, plan: PrecisionPlan, part_of: Callable[[str], str]) -> None:
+    """Every floating-point parameter has its type. Raises `ModelError` PRECISION, naming the first that has not."""
+    for name, p in model.named_parameters():
+        part = part_in(part_of, name)
+        want = plan.of(part).trained if p.requires_grad else plan.of(part).frozen
+        if p.is_floating_point() and p.dtype != want:
+            found, key = text(p.dtype), f"precision.parts.{part}.parameters"
+            raise ModelError("PRECISION", f"{name} is {found}; part {part} was promised in {text(want)}",
+                             remedy=f"set {key}: {found}, or report this")  # fmt: skip
+
+
+class PartCompute:
+    """Makes parts compute in their own type where it is not that of the whole.
+
+    `attach` puts hooks on the outermost modules that hold parameters of such a part only. A part in float32 leaves
+    autocast, and what comes in is widened; one in half precision enters autocast of its type.
+    """
+
+    def __init__(self, plan: PrecisionPlan, device: torch.device):
+        self.plan, self.device = plan, device
+        self._open: list[torch.autocast] = []
+
+    def attach(self, model: nn.Module, part_of: Callable[[str], str]) -> None:
+        other = {p for p, own in self.plan.parts.items() if p != "adapter" and own.compute != self.plan.compute}
+        for module, part in _outermost(model, part_of) if other else ():
+            if part in other:
+                compute = self.plan.of(part).compute
+                module.register_forward_pre_hook(self._entering(compute), with_kwargs=True)
+                module.register_forward_hook(self._left, always_call=True)
+
+    def _entering(self, compute: torch.dtype) -> Any:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            full = compute == FULL
+            context = torch.autocast(self.device.type, dtype=HALF if full else compute, enabled=not full)
+            context.__enter__()
+            self._open.append(context)
+            return (_widened(args), _widened(kwargs)) if full else None
+
+        return enter
+
+    def _left(self, module: nn.Module, args: Any, out: Any) -> None:
+        self._open.pop().__exit__(None, None, None)
+
+
+def _widened(value: Any) -> Any:
+    from torch.utils._pytree import tree_map
+
+    return tree_map(lambda x: x.float() if torch.is_tensor(x) and x.is_floating_point() else x, value)
+
+
+def _outermost(model: nn.Module, part_of: Callable[[str], str]) -> list[tuple[nn.Module, str]]:
+    """The largest modules whose parameters are all of one part, with that part. Lists of modules are never called, so
+    their members stand for them."""
+    found: list[tuple[nn.Module, str]] = []
+
+    def walk(module: nn.Module, prefix: str) -> None:
+        parts = {part_of(prefix + name) for name, _ in module.named_parameters(remove_duplicate=False)}
+        if len(parts) == 1 and not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and prefix:
+            found.append((module, parts.pop()))
+            return
+        for name, child in module.named_children():
+            walk(child, f"{prefix}{name}.")
+
+    walk(model, "")
+    return found

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from lensmith.core.errors import ConfigError
@@ -141,7 +140,8 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def is_adapter(name: str) -> bool:
-    return ".lora_" in name
+    """LoRA's matrices and magnitudes, and the rows that PEFT trains for added tokens."""
+    return ".lora_" in name or "trainable_tokens" in name
 
 
 def what_trains(model: nn.Module, part_of: Callable[[str], str], lr_of: Any) -> list[dict[str, Any]]:
@@ -176,10 +176,3 @@ def count(model: nn.Module) -> tuple[int, int]:
     """(trainable, total) parameters; a tied tensor counts once."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, g in sizes if g), sum(n for n, _ in sizes)
-
-
-def cast(model: nn.Module, trainable: torch.dtype, frozen: torch.dtype) -> None:
-    """Put parameters into their types, in place; tied tensors stay one, buffers (rotary tables) stay as they are."""
-    for p in model.parameters():
-        if p.is_floating_point():
-            p.data = p.data.to(trainable if p.requires_grad else frozen)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from lensmith.core.errors import ConfigError
-from lensmith.data.tokenizer import TextTokenizer
+from lensmith.data.tokenizer import TextTokenizer, tokenizer_text
 from lensmith.engine.determinism import seed_all
-from lensmith.engine.optimizer import MasterAdamW
+from lensmith.engine.optimizer import Keep, MasterAdamW, Named
 from lensmith.model import precision, tune
-from lensmith.model.load import base_dtype, load_model, skeleton
-from lensmith.model.options import Lora
+from lensmith.model.load import base_dtype, load_model, skeleton, widest_dtype
+from lensmith.model.loading import Loading
 from lensmith.model.root import Autocast, Root, vision_mode
 from lensmith.model.vision_cache import VisionCache, fingerprint
 from lensmith.objective.next_token import NextTokenLoss
@@ -48,6 +48,11 @@ def device_of(run: Run) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("CONFIG", "train.device names a GPU, but torch sees none", remedy="set train.device: cpu")
     return device
+
+
+def loading_of(prepared: Prepared) -> Loading:
+    """How the model is built, with the code that the run file pins."""
+    return replace(prepared.family.loading, code=prepared.code)
 
 
 def data_workers(run: Run) -> int:
@@ -89,34 +94,66 @@ def build(prepared: Prepared, carried: Callable[[MasterAdamW], None] | None = No
     if device.type == "cpu":
         keep_freed_memory()
     seed_all(run.train.seed)
-    model = load_model(prepared.model_folder, base_dtype(prepared.model_folder), device, prepared.family.loading)
-    new_ids = _grow(model, prepared)
-    tuned = tune.apply(model, run.tune, prepared.family, new_ids)
+    model = load_model(prepared.model_folder, widest_dtype(prepared.model_folder), device, loading_of(prepared))
+    built = assemble(prepared, tuned(prepared, model), plan, device, carried)
+    built.root.cache = _cache(prepared, model)
+    return built
+
+
+def tuned(prepared: Prepared, model: Any) -> tune.Tuned:
+    """The model with rows for added tokens, and what trains of it."""
+    return tune.apply(model, prepared.located.run.tune, prepared.family, _grow(model, prepared))
+
+
+def assemble(
+    prepared: Prepared,
+    tuned: tune.Tuned,
+    plan: precision.PrecisionPlan,
+    device: torch.device,
+    carried: Callable[[MasterAdamW], None] | None = None,
+) -> Built:
+    """The run's objects around a model as it is loaded, without a vision cache."""
+    run, model = prepared.located.run, tuned.model
     named = tuned.trainable()
     part_of = _parts(run, prepared.family)
     parts = [part_of(name) for name, _ in named]
     _check_rates(run, parts)
-    # masters and float32 parameters are made from what is on disk, before anything is rounded
-    masters = plan.masters and not isinstance(run.tune, Lora)
-    if not masters:
-        tune.cast(model, torch.float32 if isinstance(run.tune, Lora) else plan.trainable, plan.frozen)
-    optimizer = MasterAdamW(named, parts, run.optimizer, masters=masters)
-    if masters:
-        tune.cast(model, plan.trainable, plan.frozen)
+    optimizer = _optimizer(prepared, model, named, parts, plan)
     if carried is not None:
         carried(optimizer)
+    precision.verify(model, plan, prepared.family.part_of)
     _prepare_blocks(model, prepared)
-    autocast = Autocast(device.type, plan.compute)
-    root = Root(model, prepared.family, NextTokenLoss(), autocast=autocast, cache=_cache(prepared, model))
+    precision.PartCompute(plan, device).attach(model, prepared.family.part_of)
+    autocast = Autocast(device.type, None if plan.compute == torch.float32 else plan.compute)
+    root = Root(model, prepared.family, NextTokenLoss(), autocast=autocast)
     trains = tune.what_trains(model, part_of, run.optimizer.rate)
     return Built(root, tuned, optimizer, plan, trains, *tune.count(model), part_of)
+
+
+def _optimizer(
+    prepared: Prepared, model: Any, named: Named, parts: Sequence[str], plan: precision.PrecisionPlan
+) -> MasterAdamW:
+    """The optimizer, and every parameter in its type. Masters, and what compensated parameters keep beside them, are
+    made from what is on disk, before anything is rounded."""
+    run, part_of = prepared.located.run, prepared.family.part_of
+    keep: dict[str, Keep] = {}
+    for name, _ in named:
+        own = plan.of(precision.part_in(part_of, name))
+        keep[name] = Keep(own.update, own.trained, own.gradients, own.optimizer)
+    for name, p in named:
+        if keep[name].update == "plain":
+            p.data = p.data.to(keep[name].parameters)
+    optimizer = MasterAdamW(named, parts, run.optimizer, keep, run.train.seed)
+    precision.cast(model, plan, part_of)
+    optimizer.settle()
+    return optimizer
 
 
 def rehearse(prepared: Prepared) -> None:
     """What would stop a stage only when its turn comes: device, precision, what trains, rates. No weights are read."""
     run = prepared.located.run
     precision.plan(run.precision, device_of(run), base_dtype(prepared.model_folder))
-    model = skeleton(prepared.model_folder, prepared.family.loading)
+    model = skeleton(prepared.model_folder, loading_of(prepared))
     named = tune.apply(model, run.tune, prepared.family, []).trainable()
     _check_rates(run, [_parts(run, prepared.family)(name) for name, _ in named])
 
@@ -151,21 +188,26 @@ def _prepare_blocks(model: Any, prepared: Prepared) -> None:
 
 
 def _grow(model: Any, prepared: Prepared) -> list[int]:
-    """Give `model.add_tokens` rows in the embedding (and an untied head), each begun as the mean row; their ids."""
+    """Give `model.add_tokens` rows in the embedding (and an untied head), each begun as the mean row; their ids.
+
+    A token that the model has already keeps its row.
+    """
     tokens = prepared.located.run.model.add_tokens
     if not tokens:
         return []
     tokenizer = TextTokenizer(prepared.train.spec.tokenizer_json)
-    ids = [tokenizer.control(token) for token in tokens]
-    if prepared.has_added_tokens:  # a stage before made their rows
-        return ids
+    every = [tokenizer.control(token) for token in tokens]
+    there = TextTokenizer(tokenizer_text(prepared.model_folder)).added
+    ids = [n for n, token in zip(every, tokens, strict=True) if token not in there]
+    if prepared.has_added_tokens or not ids:  # a stage before made their rows
+        return every
     known = min(ids)
     if tokenizer.num_ids > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(tokenizer.num_ids, mean_resizing=False)
     with torch.no_grad():
         for table in {id(m.weight): m for m in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
             table.weight[ids] = table.weight[:known].float().mean(0).to(table.weight.dtype)
-    return ids
+    return every
 
 
 def _cache(prepared: Prepared, model: torch.nn.Module) -> VisionCache | None:
