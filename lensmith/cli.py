@@ -1,7 +1,7 @@
 """The commands: parse, call, one clear error, an exit code. Everything heavy is imported inside a command.
 
-Exit codes: 0 done, 64 wrong run file or command line, 65 wrong data, 66 wrong model or checkpoint, 70 a defect of
-lensmith, 74 the run could not go on, 130/143 stopped by SIGINT/SIGTERM after a save.
+Exit codes: 0 done, 1 what was inspected disagrees, 64 wrong run file or command line, 65 wrong data, 66 wrong model or
+checkpoint, 70 a defect of lensmith, 74 the run could not go on, 130/143 stopped by SIGINT/SIGTERM after a save.
 """
 
 from __future__ import annotations
@@ -132,6 +132,41 @@ def export(
     from lensmith.recipe.export import export as export_model
 
     export_model(checkpoint, output, base=base, merge=merge, dtype=dtype, shard_gb=shard_gb, terminal=terminal)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="A model or adapter folder of any tool, a checkpoint or a run.")],
+    values: Annotated[bool, typer.Option("--values", help="Read every value too: NaN, infinity, two heads.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Write the folder anew in one type; the old one is kept beside it.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of --repair: bfloat16, float16 or float32. Left out: the one that is meant.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Types, config and tensors of a folder; what vLLM and flash-attention refuse. Exit status 1 if any disagree."""
+    terminal = _terminal(quiet, as_json)
+    from lensmith.recipe.inspect import inspect_folder
+
+    raise typer.Exit(inspect_folder(checkpoint, values=values, repair=repair, dtype=dtype, terminal=terminal))
+
+
+@app.command()
+def replay(
+    incident: Annotated[Path, typer.Argument(help="Folder of an incident: RUN/incidents/step-NNNNNN.")],
+    device: Annotated[str | None, typer.Option(help="Where to compute. Left out: as the run did.")] = None,
+    base: Annotated[Path | None, typer.Option(help="The base model's folder, if not where the run had it.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Compute a step that was not finite again and name its module. Exit status 1 if something else is found."""
+    terminal = _terminal(quiet, as_json)
+    from lensmith.recipe.replay import replay as replay_incident
+
+    raise typer.Exit(replay_incident(incident, terminal, device=device, base=base))
 
 
 @app.command()

@@ -560,7 +560,7 @@ def test_how_and_where_a_run_is_computed_may_change(
     run = run.rename(tmp_path / "moved run")
     out = runs.quiet_train(run_in(
         run, tmp_path / "copy of the model", chat, data={"workers": 1}, log={"sinks": ["tensorboard"]},
-        vision_cache={"memory_mb": 77}, train={"max_bad_steps": 9}, save={"every_minutes": 50.0, "keep_last": 5},
+        vision_cache={"memory_mb": 77}, guard={"max_in_a_row": 9}, save={"every_minutes": 50.0, "keep_last": 5},
     ))  # fmt: skip
     assert state(run) == state(finished)
     assert len(out.summary["losses"]) == 3

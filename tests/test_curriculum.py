@@ -402,7 +402,7 @@ def test_the_best_of_a_stage_that_is_over_is_kept(tmp_path: Path, qwen25: Path, 
         of("worse", 3, data=held, optimizer={"lr": 1.0}, evaluate={"every_steps": 1}, save={"keep_best": "loss"}),
         of("next", 2, save={"every_steps": 1}),
     ]
-    over: dict[str, Any] = {"save": {"keep_last": 1}, "train": {"max_bad_steps": 9}}
+    over: dict[str, Any] = {"save": {"keep_last": 1}, "guard": {"max_in_a_row": 9}}
     out = runs.quiet_train(curriculum(tmp_path / "run", qwen25, data, stages, **over))
     scores = [r["loss"] for r in records(tmp_path / "run", "eval") if r["stage"] == "worse"][:3]
     best = min(range(3), key=lambda n: scores[n]) + 1

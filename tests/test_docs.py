@@ -200,7 +200,11 @@ def test_the_run_folder_is_as_described(tmp_path: Path, qwen25: Path) -> None:
         "checkpoint",
         "dropped",
         "early_stop",
+        "excluded",
+        "incident",
+        "roll_back",
         "sink_off",
+        "spike",
     }
     assert set(pq.read_schema(out.folder / "ledger.parquet").names) == table("run_folder.md", "## ledger.parquet")
 

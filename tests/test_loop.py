@@ -24,9 +24,10 @@ from torch import nn
 from lensmith.core.errors import RunError
 from lensmith.data.pipeline import Pipeline
 from lensmith.engine import loop as loop_module
-from lensmith.engine.loop import Callbacks, Loop, Progress, Signals, score
-from lensmith.engine.optimizer import MasterAdamW
-from lensmith.engine.options import WSD, AdamW, Constant, Cosine, EarlyStop, Linear, Save, Train
+from lensmith.engine.loop import Callbacks, Loop, Signals, score
+from lensmith.engine.optimizer import Keep, MasterAdamW
+from lensmith.engine.options import WSD, AdamW, Constant, Cosine, EarlyStop, Guard, Linear, Save, Train
+from lensmith.engine.progress import Progress
 from lensmith.engine.schedule import factor
 from lensmith.engine.step import run_step
 from lensmith.recipe import session as session_module
@@ -127,10 +128,11 @@ class Harness:
     rows: Callable[[int], list[Any]] = lambda number: [1.0]
     at_save: Callable[[int], None] = lambda step: None
     schedule: Any = field(default_factory=lambda: Constant(warmup_steps=0))
+    guard: Guard = field(default_factory=Guard)
 
     def __post_init__(self) -> None:
         self.weight = nn.Parameter(torch.ones(1))
-        self.optimizer = MasterAdamW([("w", self.weight)], ["language"], AdamW(lr=0.1), masters=False)
+        self.optimizer = MasterAdamW([("w", self.weight)], ["language"], AdamW(lr=0.1))
         self.saved: list[tuple[int, dict[str, float] | None]] = []
         self.evaluated: list[int] = []
         self.log: list[tuple[int, bool, float, float]] = []
@@ -150,7 +152,7 @@ class Harness:
         loop = Loop(
             root=lambda row: {"loss": ((self.weight * row).sum(), torch.ones(()))}, optimizer=self.optimizer,
             schedule=self.schedule, part_of=lambda name: "language", train=self.train, saving=self.saving,
-            total_steps=self.steps, evaluate_every=self.every, progress=self.progress,
+            total_steps=self.steps, evaluate_every=self.every, progress=self.progress, guard=self.guard,
             callbacks=Callbacks(log, evaluate, save, lambda row: row, lambda name, fields: None),
         )  # fmt: skip
         data = (
@@ -227,12 +229,12 @@ def test_a_vetoed_step_moves_nothing_and_the_schedule_waits() -> None:
     assert rates == pytest.approx([0.1 * (1 - n / 8) for n in range(6)])
 
 
-@pytest.mark.parametrize("most", [0, 2])
-def test_bad_steps_in_a_row_end_the_run(most: int) -> None:
-    h = Harness(20, rows=lambda n: [math.nan] if n >= 4 or n == 1 else [1.0], train=Train(max_bad_steps=most))
-    with pytest.raises(RunError, match="NONFINITE"):
+@pytest.mark.parametrize("most", [1, 3])
+def test_bad_steps_in_a_row_end_a_run_that_cannot_go_back(most: int) -> None:
+    h = Harness(20, rows=lambda n: [math.nan] if n >= 4 or n == 1 else [1.0], guard=Guard(max_in_a_row=most))
+    with pytest.raises(RunError, match=f"NONFINITE.*{most} steps in a row.*no way back"):
         h.run()
-    assert h.progress.step == (2 if most == 0 else 4 + most + 1)
+    assert h.progress.step == (2 if most == 1 else 4 + most)
     assert h.saved == []
 
 
@@ -260,14 +262,14 @@ def test_clipping_is_torchs() -> None:
     rows = [torch.randn(()) * 30 for _ in range(3)]
     seen: dict[str, torch.Tensor] = {}
 
-    class Keep(MasterAdamW):
+    class Seen(MasterAdamW):
         def step(self, factor: float) -> None:
             seen.update({n: g.clone() for n, g in self.gradients()})
 
     def root(row: Any) -> Any:
         return {"loss": (sum((p**3).sum() for _, p in named) * row, torch.ones(()))}
 
-    optimizer = Keep(named, ["language", "vision"] * 2, AdamW(), masters=False)
+    optimizer = Seen(named, ["language", "vision"] * 2, AdamW())
     result = run_step(root, rows, 2.0, optimizer, lambda n: n, factor=1.0, clip_norm=0.7)
     for row in rows:
         (root(row)["loss"][0] / 2.0).backward()
@@ -282,11 +284,12 @@ def test_masters_accumulate_in_float32() -> None:
     """One large and seven small micro-batches: bfloat16 sums lose the small ones altogether (1 + 2^-9 = 1 in
     bfloat16), float32 masters keep them; the update too small for bfloat16 is kept in the master."""
     p = nn.Parameter(torch.full((4,), 1.0, dtype=torch.bfloat16))
-    optimizer = MasterAdamW([("w", p)], ["language"], AdamW(lr=1e-4), masters=True)
+    optimizer = MasterAdamW([("w", p)], ["language"], AdamW(lr=1e-4), {"w": Keep("masters", torch.bfloat16)})
+    optimizer.settle()
     scales = [1.0, *[2.0**-9] * 7]
     seen = {}
 
-    class Keep:
+    class Seen:
         def __getattr__(self, name: str) -> Any:
             return getattr(optimizer, name)
 
@@ -297,7 +300,7 @@ def test_masters_accumulate_in_float32() -> None:
     def root(scale: float) -> Any:
         return {"loss": ((p.float() * scale).sum(), torch.ones(()))}
 
-    run_step(root, scales, 1.0, Keep(), lambda n: n, factor=1.0, clip_norm=None)  # type: ignore[arg-type]
+    run_step(root, scales, 1.0, Seen(), lambda n: n, factor=1.0, clip_norm=None)  # type: ignore[arg-type]
     reference = torch.full((4,), 1.0 + 7 * 2.0**-9)
     assert seen["gradient"].dtype == torch.float32 and torch.equal(seen["gradient"], reference)
     half = torch.tensor(0.0, dtype=torch.bfloat16)
@@ -318,7 +321,7 @@ def test_rates_and_decay_by_part_and_never_on_vectors() -> None:
     options = AdamW(lr=0.1, weight_decay=0.5, parts=parts)
     shapes = {"v": (2, 2), "l": (2, 2), "h": (2, 2), "norm": (2,)}
     named = [(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
-    optimizer = MasterAdamW(named, ["vision", "language", "head", "language"], options, masters=False)
+    optimizer = MasterAdamW(named, ["vision", "language", "head", "language"], options)
     for _, p in named:
         p.grad = torch.zeros_like(p)
     optimizer.step(0.5)
@@ -366,28 +369,28 @@ def test_compile_trains(tmp_path: Path, qwen25: Path, chat: Path) -> None:
 # -- real runs --------------------------------------------------------------------------------------------------------
 
 
-def with_hook(when: Callable[[int], bool]) -> Any:
-    """`build` with one gradient that is NaN in the backward passes for which `when(number from 1)` holds."""
+def spoil_gradients(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> None:
+    """One gradient is NaN in the steps (counted from 1) for which `when` holds, also when they are computed again."""
+    step = [0]
 
     def built(prepared: Any, **_: Any) -> Any:
         found = build(prepared)
-        parameter, calls = found.optimizer.named[-1][1], [0]
-
-        def spoil(gradient: torch.Tensor) -> torch.Tensor:
-            calls[0] += 1
-            return torch.full_like(gradient, math.nan) if when(calls[0]) else gradient
-
-        parameter.register_hook(spoil)
+        found.optimizer.named[-1][1].register_hook(lambda g: torch.full_like(g, math.nan) if when(step[0]) else g)
         return found
 
-    return built
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        step[0] += 1
+        return run_step(*args, **kwargs)
+
+    monkeypatch.setattr(stage, "build", built)
+    monkeypatch.setattr(loop_module, "run_step", counted)
 
 
 def test_nothing_non_finite_is_applied_or_saved(
     tmp_path: Path, qwen25: Path, chat: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     """One NaN in one weight's gradient at step 3: that step is vetoed, named with its samples, and the rest trains."""
-    monkeypatch.setattr(stage, "build", with_hook(lambda n: n == 3))
+    spoil_gradients(monkeypatch, lambda n: n == 3)
     run = run_in(
         tmp_path / "run",
         qwen25,
@@ -402,9 +405,8 @@ def test_nothing_non_finite_is_applied_or_saved(
     assert math.isfinite(steps[2]["loss"]) and steps[2]["grad_norm"] is None and steps[2]["nonfinite"]
     said = capsys.readouterr().err
     assert "step 3" in said and "not applied" in said and "train.jsonl:" in said
-    checkpoints = tmp_path / "run" / "checkpoints"
-    second, third = (load_file(checkpoints / f"step-{n:08d}/state/training.safetensors") for n in (2, 3))
-    assert all(torch.equal(second[k], third[k]) for k in second)
+    checkpoints = tmp_path / "run" / "checkpoints"  # of step 3 there is none: it would be that of step 2 again
+    assert sorted(int(p.name[5:]) for p in checkpoints.iterdir()) == [1, 2, 4, 5, 6]
     assert all(
         t.isfinite().all()
         for p in checkpoints.rglob("*.safetensors")
@@ -414,11 +416,16 @@ def test_nothing_non_finite_is_applied_or_saved(
 
 
 def test_non_finite_steps_end_the_run(tmp_path: Path, qwen25: Path, chat: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(stage, "build", with_hook(lambda n: n > 2))
-    run = run_in(tmp_path / "run", qwen25, chat, train={"max_bad_steps": 2, "max_steps": 20},
+    """From step 3 on all are bad, with every sample: after three the run goes back to the checkpoint of step 1, for the
+    weights of step 2 are those that failed. After three more it stops."""
+    spoil_gradients(monkeypatch, lambda n: n > 2)
+    run = run_in(tmp_path / "run", qwen25, chat, train={"max_steps": 20},
                  save={"every_steps": 1, "keep_last": 9}, batch={"device_tokens": 4096})  # fmt: skip
-    with pytest.raises(RunError, match="not finite in 3 steps in a row, up to step 5"):
+    with pytest.raises(RunError, match="3 steps in a row were not finite, and the run went back 3 steps ago"):
         runs.quiet_train(run)
+    assert [(r["reached"], r["step"]) for r in records(tmp_path / "run", "event") if r["name"] == "roll_back"] == [
+        (5, 1)
+    ]
     assert all(t.isfinite().all() for t in state(tmp_path / "run").values())
     assert not (tmp_path / "run" / "summary.json").exists() and not (tmp_path / "run" / "lock").exists()
 
@@ -426,7 +433,8 @@ def test_non_finite_steps_end_the_run(tmp_path: Path, qwen25: Path, chat: Path, 
 def test_weights_that_are_not_finite_are_never_saved(
     tmp_path: Path, qwen25: Path, chat: Path, monkeypatch: Any
 ) -> None:
-    """Something else wrote a NaN into a parameter: the save is refused, and the checkpoint before it stands."""
+    """Something else wrote a NaN into a parameter: nothing is saved, and the run goes back to the checkpoint before.
+    It happens again: the run stops."""
     log = stage.StageRun._log
 
     def spoils(self: Any, p: Any, *args: Any) -> None:
@@ -435,7 +443,7 @@ def test_weights_that_are_not_finite_are_never_saved(
             self.built.optimizer.named[0][1].data[0, 0] = math.nan
 
     monkeypatch.setattr(stage.StageRun, "_log", spoils)
-    with pytest.raises(RunError, match="NONFINITE"):
+    with pytest.raises(RunError, match=r"NONFINITE.*bad_state.*the run went back 1 steps ago"):
         runs.quiet_train(run_in(tmp_path / "run", qwen25, chat, save={"every_steps": 1, "keep_last": 9}))
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
 

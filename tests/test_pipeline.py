@@ -262,7 +262,7 @@ def test_a_step_of_which_nothing_is_left_moves_nothing(tmp_path: Path, qwen25: P
     """Three empty steps in a row are no non-finite steps; the ledger balances, also after a resume."""
     path = own_pictures(tmp_path, 24)
     over: dict[str, Any] = {
-        "batch": {"samples": 4}, "train": {"epochs": 1, "max_steps": None, "max_bad_steps": 1},
+        "batch": {"samples": 4}, "train": {"epochs": 1, "max_steps": None}, "guard": {"max_in_a_row": 1},
         "data": {"max_dropped": 1.0}, "save": {"every_steps": 1, "keep_last": 99}, "vision_cache": {"enabled": False},
     }  # fmt: skip
     run = runs.located(tmp_path / "run", qwen25, path, **over)

@@ -104,13 +104,13 @@ class Store:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def newest(self, warn: Callable[[str], None]) -> Published | None:
-        """The newest checkpoint that verifies; each newer damaged one is named to `warn`.
+    def newest(self, warn: Callable[[str], None], last: int | None = None) -> Published | None:
+        """The newest checkpoint that verifies, up to step `last`; each newer damaged one is named to `warn`.
 
         Raises `RunError` DAMAGED when there are checkpoints and none verifies: a run never starts over silently.
         """
         damaged: list[str] = []
-        for step in reversed(self.steps()):
+        for step in reversed([s for s in self.steps() if last is None or s <= last]):
             try:
                 found = verify(self.path(step))
             except Damaged as error:
@@ -143,6 +143,12 @@ class Store:
         for step in steps[:-keep_last] if keep_last else steps:
             if step not in keep:
                 self._trash(self.path(step))
+
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps: the run went back and will come to these steps in another way."""
+        for later in self.steps():
+            if later > step:
+                self._trash(self.path(later))
 
     def _trash(self, path: Path) -> None:
         trash = path.with_name(f".trash-{path.name}-{os.getpid()}-{time.time_ns()}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,3 +44,25 @@ def restore(tensors: dict[str, torch.Tensor], text: str) -> None:
     torch.set_rng_state(tensors["torch_cpu"])
     if "torch_cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["torch_cuda"])
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The generators as they are when this is made; cheap enough for every step. On CUDA their states are kept on the
+    host, so nothing waits for the device."""
+
+    python: Any = field(default_factory=random.getstate)
+    numpy: Any = field(default_factory=lambda: np.random.get_state(legacy=True))
+    cpu: torch.Tensor = field(default_factory=torch.get_rng_state)
+    cuda: torch.Tensor | None = field(default_factory=lambda: _cuda_state())
+
+    def restore(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
+
+
+def _cuda_state() -> torch.Tensor | None:
+    return torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None

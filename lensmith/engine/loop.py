@@ -6,15 +6,21 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 
-from lensmith.core.errors import RunError
+from lensmith.engine.determinism import Snapshot
+from lensmith.engine.forensics import Scene
 from lensmith.engine.optimizer import MasterAdamW
-from lensmith.engine.options import WSD, Constant, Cosine, Linear, Save, Train
+from lensmith.engine.options import WSD, Constant, Cosine, Guard, Linear, Save, Train
+from lensmith.engine.progress import Progress
+from lensmith.engine.rescue import Rescue, Rescuer
 from lensmith.engine.schedule import factor
+from lensmith.engine.spikes import look
 from lensmith.engine.step import StepResult, Terms, run_step
+from lensmith.engine.watch import Watch
 
 
 class StepInput(Protocol):
@@ -28,31 +34,6 @@ class StepInput(Protocol):
     num_tokens: int
     num_supervised: float
     wait_seconds: float
-
-
-@dataclass
-class Progress:
-    """Where a run is: everything of the loop that a checkpoint holds beside tensors."""
-
-    step: int = 0
-    """Plan steps done, vetoed ones included."""
-    applied: int = 0
-    """Updates applied; what the schedule counts."""
-    cursor: int = 0
-    epoch: float = 0.0
-    tokens: int = 0
-    supervised: float = 0.0
-    samples: int = 0
-    best: float | None = None
-    """The early stop's best score."""
-    worse: int = 0
-    """Evaluations since then."""
-    best_kept: float | None = None
-    """The best score that has a checkpoint."""
-    bad_in_a_row: int = 0
-    excluded: dict[int, int] = field(default_factory=dict[int, int])
-    stream: dict[str, Any] | None = None
-    """Where a stream goes on; None for planned data."""
 
 
 @dataclass(frozen=True)
@@ -80,41 +61,78 @@ class Loop:
     progress: Progress = field(default_factory=Progress)
     first_step: int = 0
     """Steps of the stages before; only said."""
+    guard: Guard = field(default_factory=Guard)
+    rescue: Rescue | None = None
+    """None: a step that is not finite is left out without a look into it, and nothing can be gone back to."""
+
+    def __post_init__(self) -> None:
+        self._rescuer = Rescuer(
+            self.guard, self.progress, self.optimizer, self.rescue, self.callbacks.event, self.first_step
+        )
 
     def run(self, steps: Iterator[StepInput]) -> Progress:
-        """Until the steps end, `max_steps`, an early stop or a signal; always saves at the end.
+        """Until the steps end, `max_steps`, an early stop or a signal; always saves at the end. A roll-back makes
+        `steps` go on from an earlier step, also after their end.
 
         Raises `Interrupted` after a save when SIGTERM, SIGINT or SIGHUP arrived, and `RunError` NONFINITE.
         """
-        last_save, saved_at = time.monotonic(), self.progress.step
+        self._saved_at, self._last_save = self.progress.step, time.monotonic()
         if self.is_over:  # an early stop whose run is started again stays stopped
             return self.progress
         with Signals() as signals:
-            for data in steps:
-                self._one(data)
-                done = self.progress.step
-                metrics = self.callbacks.evaluate(self.progress) if self._evaluation_due(done) else None
-                best = metrics is not None and self._is_best(metrics)
-                if metrics is not None:
-                    self._count_worse(metrics)
-                stop = metrics is not None and self.is_over
-                if self._save_due(done, last_save) or signals.caught is not None or stop or best:
-                    self.callbacks.save(self.progress, metrics)
-                    last_save, saved_at = time.monotonic(), done
-                if signals.caught is not None:
-                    raise Interrupted(signals.caught, self.first_step + done)
-                if stop:
-                    self.callbacks.event("early_stop", {"step": self.first_step + done})
-                    break
-            if saved_at != self.progress.step:
-                self.callbacks.save(self.progress, None)
+            while self._pass(steps, signals) or (self._saved_at != self.progress.step and not self._save(None)):
+                pass
             if signals.caught is not None:
                 raise Interrupted(signals.caught, self.first_step + self.progress.step)
         return self.progress
 
-    def _one(self, data: StepInput) -> None:
+    def _pass(self, steps: Iterator[StepInput], signals: Signals) -> bool:
+        """Steps up to the end of `steps` or an early stop. Whether the last thing was a roll-back."""
+        went_back = False
+        for data in steps:
+            done = data.step.number + 1
+            went_back = self._one(data) or not self._behind(done, signals)
+            if signals.caught is not None:
+                raise Interrupted(signals.caught, self.first_step + self.progress.step)
+            if not went_back and self._evaluation_due(done) and self.is_over:
+                self.callbacks.event("early_stop", {"step": self.first_step + done})
+                break
+        return went_back
+
+    def _behind(self, done: int, signals: Signals) -> bool:
+        """What is due behind a step. False: the state was not finite, and the run went back."""
+        if self._check_due(done) and not self._sound():
+            return False
+        metrics = self.callbacks.evaluate(self.progress) if self._evaluation_due(done) else None
+        best = metrics is not None and self._is_best(metrics)
+        if metrics is not None:
+            self._count_worse(metrics)
+        stop = metrics is not None and self.is_over
+        if self._save_due(done) or signals.caught is not None or stop or best:
+            return self._save(metrics)
+        return True
+
+    def _save(self, metrics: dict[str, float] | None) -> bool:
+        """Publish a checkpoint, if the state is finite; else the run went back, and this is False."""
+        if not self._sound():
+            return False
+        self.callbacks.save(self.progress, metrics)
+        self._last_save, self._saved_at = time.monotonic(), self.progress.step
+        return True
+
+    def _sound(self) -> bool:
+        return self._rescuer.is_sound() or self._is_back()
+
+    def _is_back(self) -> bool:
+        """The state is that of a checkpoint now."""
+        self._last_save, self._saved_at = time.monotonic(), self.progress.step
+        return False
+
+    def _one(self, data: StepInput) -> bool:
+        """One step; whether the run went back."""
         begin = time.perf_counter()
-        p = self.progress
+        p, before = self.progress, Snapshot()
+        watch = self._watch(data.step.number)
         if data.num_supervised > 0:
             result = run_step(
                 self.root,
@@ -124,30 +142,62 @@ class Loop:
                 self.part_of,
                 factor=factor(self.schedule, p.applied, self.total_steps),
                 clip_norm=self.train.clip_norm,
+                scale=p.scale,
+                look=partial(look, self.guard, p.spikes),
+                clip_spikes=self.guard.clip_spikes,
             )
         else:
             result = StepResult(math.nan, 0.0, {}, False, self.optimizer.rates(), empty=True)
+        if watch is not None:
+            result = replace(result, watched=watch.figures())
         p.step, p.cursor, p.epoch = data.step.number + 1, data.step.cursor, data.step.epoch
         p.stream = data.step.stream
+        scale = replace(p.scale) if p.scale is not None else None  # the one that the step was computed with
+        bad = self._count(data, result)
+        self.callbacks.log(p, data, result, time.perf_counter() - begin)
+        if not bad:
+            return False
+        scene = None if self.rescue is None else Scene(
+            self.root, self.rescue.model, data.rows, self.callbacks.refresh, self.rescue.reread, data.num_supervised,
+            self.optimizer, self.part_of, before, scale,
+        )  # fmt: skip
+        return self._rescuer.answer(data, result, scene) and not self._is_back()
+
+    def _count(self, data: StepInput, result: StepResult) -> bool:
+        """Enter a step into the progress. Whether it is one that something must be done about."""
+        p = self.progress
         if result.applied:
             p.applied, p.bad_in_a_row = p.applied + 1, 0
             p.tokens, p.samples = p.tokens + data.num_tokens, p.samples + data.num_samples
             p.supervised += data.num_supervised
-        elif not result.empty:
-            p.bad_in_a_row += 1
-        self.callbacks.log(p, data, result, time.perf_counter() - begin)
-        if p.bad_in_a_row > self.train.max_bad_steps:
-            raise RunError(
-                "NONFINITE",
-                f"loss or gradient was not finite in {p.bad_in_a_row} steps in a row, up to step "
-                f"{self.first_step + p.step}; none was applied",
-                remedy="lower optimizer.lr, or look at the samples of these steps with `lensmith show`",
-            )
+            p.history.spikes += result.spike is not None and result.spike.is_spike
+            if p.scale is not None:
+                p.scale.applied()
+            return False
+        if result.empty:
+            return False
+        if result.overflow and p.scale is not None:
+            p.scale.overflowed()
+            return p.scale.is_exhausted
+        p.bad_in_a_row += 1
+        p.history.skipped += 1
+        p.recent_bad = [n for n in p.recent_bad if n > p.step - self.guard.share_window] + [p.step]
+        return True
 
-    def _save_due(self, done: int, last_save: float) -> bool:
+    def _watch(self, number: int) -> Watch | None:
+        every = self.guard.watch_every
+        due = self.rescue is not None and every > 0 and number % every == 0
+        return Watch(self.rescue.model, self.optimizer, self.part_of) if due and self.rescue is not None else None
+
+    def _check_due(self, done: int) -> bool:
+        return self.guard.check_every > 0 and done % self.guard.check_every == 0
+
+    def _save_due(self, done: int) -> bool:
+        if self.progress.bad_in_a_row:  # the same weights again, and they would push out those to go back to
+            return False
         s = self.saving
         by_steps = s.every_steps is not None and done % s.every_steps == 0
-        return by_steps or (s.every_minutes is not None and time.monotonic() - last_save >= 60 * s.every_minutes)
+        return by_steps or (s.every_minutes is not None and time.monotonic() - self._last_save >= 60 * s.every_minutes)
 
     def _evaluation_due(self, done: int) -> bool:
         """Every so many steps, and at the last one, so that the last checkpoint has figures."""

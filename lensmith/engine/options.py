@@ -1,4 +1,4 @@
-"""The options of the training loop: optimizer, schedule, length, saving, stopping."""
+"""The options of the training loop: optimizer, schedule, length, saving, stopping, guard."""
 
 from __future__ import annotations
 
@@ -116,8 +116,6 @@ class Train(Part):
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
     threads: int | None = Field(default=None, ge=1)
     """Threads of torch on a CPU. Left out: the processors this process may use, less the data workers, at least 1."""
-    max_bad_steps: int = Field(default=3, ge=0)
-    """Steps in a row with a non-finite loss or gradient, each vetoed, before the run stops."""
     early_stop: EarlyStop | None = None
     """Left out: never early."""
 
@@ -135,3 +133,40 @@ class Save(Part):
     """Keep also the best by this held-out metric: `loss` or e.g. `exact_match`."""
     shard_gb: float = Field(default=5.0, gt=0)
     """Largest file of full weights, in GB."""
+
+
+class Guard(Part):
+    """Steps that are not finite: what is done about them, and what is watched to see them coming."""
+
+    on_nonfinite: Literal["skip", "roll_back", "stop"] = "skip"
+    """The first answer to a loss or gradient that is not finite: leave the step out, go back to the last checkpoint
+    without the samples at fault, or stop. At the limits below skipping becomes rolling back, and that stopping. Weights
+    or moments that are not finite are never skipped: the run goes back at once."""
+    max_in_a_row: int = Field(default=3, ge=1)
+    """So many skips in a row roll back."""
+    max_share: float = Field(default=0.01, ge=0, le=1)
+    """More skips than this share of `share_window` steps roll back."""
+    share_window: int = Field(default=500, ge=1)
+    """The last steps that `max_share` looks at."""
+    roll_back_window: int = Field(default=200, ge=1)
+    """A second roll-back within so many steps stops the run."""
+    max_transient: int = Field(default=2, ge=1)
+    """So many steps that come out finite when they are computed again stop the run: the machine is at fault."""
+    exclude_after: int | None = Field(default=2, ge=1)
+    """A sample that was at fault in so many steps is left out from then on. null: never."""
+    spike_z: float = Field(default=6.0, gt=0)
+    """Loss and gradient norm both so many standard deviations above the mean of `spike_window` steps are a spike."""
+    spike_window: int = Field(default=128, ge=16)
+    """Steps that spikes are measured against."""
+    clip_spikes: bool = False
+    """Clip a gradient norm above `spike_z` down to it. Else spikes are only logged."""
+    watch_every: int = Field(default=50, ge=0)
+    """Log the largest activation and the size of the update for every part, each so many steps. 0: never."""
+    check_every: int = Field(default=50, ge=0)
+    """Look through weights and moments each so many steps, and before every save. 0: only before saves."""
+    keep: int = Field(default=20, ge=0)
+    """Newest incident folders that are kept."""
+    dump_mb: int = Field(default=256, ge=0)
+    """Largest size of an incident's tensors, in MB. What does not fit is left to the last checkpoint."""
+    dump_text: bool = False
+    """Write the text of the samples into incidents too. Token ids are always in them."""

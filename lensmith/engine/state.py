@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from lensmith.core.errors import RunError
 from lensmith.engine.determinism import random_state, restore
-from lensmith.engine.loop import Progress
 from lensmith.engine.optimizer import MOMENTS, MasterAdamW
+from lensmith.engine.progress import Progress
 
 
 def write_state(folder: Path, optimizer: MasterAdamW, progress: Progress) -> None:
@@ -31,8 +30,8 @@ def write_state(folder: Path, optimizer: MasterAdamW, progress: Progress) -> Non
     save_file(tensors, folder / "training.safetensors")
     random_tensors, text = random_state()
     save_file(random_tensors, folder / "random.safetensors")
-    state = asdict(progress) | {"excluded": sorted(progress.excluded.items())}
-    (folder / "progress.json").write_text(json.dumps({"progress": state, "random": json.loads(text)}), encoding="utf-8")
+    state = {"progress": progress.to_json(), "random": json.loads(text)}
+    (folder / "progress.json").write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
 
 
 def read_state(folder: Path, optimizer: MasterAdamW) -> Progress:
@@ -50,11 +49,13 @@ def read_state(folder: Path, optimizer: MasterAdamW) -> Progress:
             raise RunError("RESUME", f"the state {key} {tuple(value.shape)} belongs to no parameter of this run",
                            where=str(folder), remedy="restore this checkpoint, or use a new output folder")  # fmt: skip
     saved: dict[str, Any] = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    with torch.no_grad():
+        for key, value in optimizer.tensors().items():  # moments that began later: as they were before they began
+            if key not in tensors:
+                value.zero_()
     optimizer.load_tensors(tensors)
     restore(load_file(folder / "random.safetensors"), json.dumps(saved["random"]))
-    progress = saved["progress"]
-    progress["excluded"] = {int(k): int(v) for k, v in progress["excluded"]}
-    return Progress(**progress)
+    return Progress.from_json(saved["progress"])
 
 
 def carry_state(folder: Path, optimizer: MasterAdamW, *, moments: bool) -> None:

@@ -24,7 +24,7 @@ from lensmith.checkpoint.store import Damaged, Store, read_manifest
 from lensmith.core.errors import RunError
 from lensmith.data.index import LEDGER, LEDGER_SCHEMA
 from lensmith.data.windows import number_of, read_window, trained_rows
-from lensmith.engine.loop import Progress
+from lensmith.engine.progress import Progress
 from lensmith.recipe.build import Built
 from lensmith.recipe.prepare import Prepared
 from lensmith.recipe.train import Clock, peak_rss_bytes
@@ -108,6 +108,7 @@ def versions(prepared: Prepared) -> dict[str, Any]:
         "packages": packages,
         "git": git or None,
         "model": {"path": prepared.located.run.model.path, "commit": commit},
+        "remote_code": prepared.code.record if prepared.code is not None else None,
     }
 
 

@@ -21,12 +21,14 @@ from lensmith.data.options import Concat, Data, Source, data_root
 from lensmith.data.placement import Limits
 from lensmith.data.plan import Plan
 from lensmith.data.readers import expand, expand_remote, fetch, is_hub, is_remote, mask, pin_revision
-from lensmith.data.tokenizer import TextTokenizer, with_tokens
+from lensmith.data.tokenizer import tokenizer_text, with_tokens
 from lensmith.data.windows import StreamSpec
 from lensmith.family.registry import load_family
+from lensmith.model import remote_code
 from lensmith.model.source import resolve
 from lensmith.recipe.run import Located
 from lensmith.recipe.stream import free_name, stream_spec
+from lensmith.report.tables import Table
 from lensmith.report.terminal import Terminal
 
 
@@ -45,6 +47,8 @@ class Prepared:
     """The training data where it is read without an index; `read` and `train` are empty then."""
     has_added_tokens: bool = False
     """The model comes from a stage before, which gave `model.add_tokens` their rows."""
+    code: remote_code.RemoteCode | None = None
+    """What the model brings and the run file lets run."""
 
     @property
     def plan(self) -> Plan:
@@ -104,6 +108,11 @@ def prepare(located: Located, terminal: Terminal, indexing: Indexing | None = No
         check=run.model.template == "check",
         video=run.data.video,
     )
+    code = remote_code.check(folder, run.model, native=family.loading.native is not None)
+    if code is not None:
+        rows = [(name, sha) for name, sha in code.files.items()]
+        title = f"Code of the model that is run (model.remote_code: {code.pinned})"
+        terminal.show("remote_code", Table(title, ("file", "SHA-256"), rows))
     tokenizer_json = with_tokens(tokenizer_text(folder), run.model.add_tokens)
     cache = cache_folder(run.data, located.folder)
 
@@ -130,7 +139,7 @@ def prepare(located: Located, terminal: Terminal, indexing: Indexing | None = No
         notes.append(f"{both} of {len(held.trainable)} held-out samples stand in the training data too (EVAL_IN_TRAIN)")
     if run.data.eval and run.data.holdout > 0:
         notes.append("data.holdout is not used, for data.eval is set (eval: [] takes it away)")
-    prepared = Prepared(located, folder, family, read, train, held, tuple(notes), stream)
+    prepared = Prepared(located, folder, family, read, train, held, tuple(notes), stream, code=code)
     notes += _check_mixture(prepared, terminal)
     for note in notes:
         terminal.warning(note)
@@ -151,11 +160,6 @@ def _check_mixture(prepared: Prepared, terminal: Terminal) -> list[str]:
     terminal.event("mixture", f"mixture by samples: {shown}", weights=weights)
     return [f"source {n!r} has no sample to train" for n, size in zip(train.sources, train.source_sizes, strict=True)
             if not size]  # fmt: skip
-
-
-def tokenizer_text(folder: Path) -> str:
-    file = folder / "tokenizer.json"
-    return file.read_text(encoding="utf-8") if file.is_file() else TextTokenizer.from_folder(folder).full_json()
 
 
 def cache_folder(data: Data, run_folder: Path) -> Path:

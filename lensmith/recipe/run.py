@@ -15,7 +15,7 @@ from lensmith.config.part import Part
 from lensmith.config.yaml_file import Tree, dump, read_tree
 from lensmith.core.errors import ConfigError, UserError
 from lensmith.data.options import Batch, Data, Shares, Temperature
-from lensmith.engine.options import AdamW, Cosine, Optimizer, Save, Schedule, Train
+from lensmith.engine.options import AdamW, Cosine, Guard, Optimizer, Save, Schedule, Train
 from lensmith.evaluate.options import Evaluate
 from lensmith.model.options import Lora, Model, Precision, Tune, VisionCache
 from lensmith.objective.options import NextToken, Objective
@@ -61,6 +61,8 @@ class Stage(Part):
     """Changes of `schedule`."""
     train: Changes = Field(default_factory=dict[str, Any])
     """Changes of `train`."""
+    guard: Changes = Field(default_factory=dict[str, Any])
+    """Changes of `guard`."""
     save: Changes = Field(default_factory=dict[str, Any])
     """Changes of `save`."""
     evaluate: Changes = Field(default_factory=dict[str, Any])
@@ -90,6 +92,8 @@ class Run(Part):
     """How the rate moves."""
     train: Train = Train()
     """Length and conduct."""
+    guard: Guard = Guard()
+    """Steps that are not finite."""
     save: Save = Save()
     """Checkpoints."""
     evaluate: Evaluate = Evaluate()
@@ -146,6 +150,8 @@ class Run(Part):
             "data.mixture counts samples of whole sources": isinstance(d.mixture, Temperature)
             or (isinstance(d.mixture, Shares) and d.mixture.by == "tokens"),
             "batch.partial is not carry": self.batch.partial != "carry",
+            "guard.on_nonfinite is roll_back: samples that have no numbers cannot be left out": self.guard.on_nonfinite
+            == "roll_back",
         }
         for problem, found in refused.items():
             if found:
@@ -180,8 +186,16 @@ class Located:
     output are the same in all of them.
     """
 
-    def __init__(self, run: Run, file: Path | None, name: str = "run", stages: Sequence[tuple[Stage, Run]] = ()):
+    def __init__(
+        self,
+        run: Run,
+        file: Path | None,
+        name: str = "run",
+        stages: Sequence[tuple[Stage, Run]] = (),
+        tree: Tree | None = None,
+    ):
         self.run = run
+        self.tree = tree or Tree({})
         self.file = file
         self.folder = file.parent.resolve() if file else Path.cwd()
         self.name = file.stem if file else name
@@ -190,9 +204,18 @@ class Located:
         self.stages: tuple[Located, ...] = tuple(self._of_stage(stage, own) for stage, own in stages) or (self,)
 
     def _of_stage(self, stage: Stage, run: Run) -> Located:
-        located = Located(run, self.file, self.name)
+        located = Located(run, self.file, self.name, tree=self.tree)
         located.output, located.stage = self.output, stage
         return located
+
+    def where(self, *path: str) -> str:
+        """The place of a key in the run file: `run.yaml:12 precision.preset`; in its stage, if that sets it."""
+        if self.stage is not None:
+            names = [own["name"] for own in self.tree.values["stages"]]
+            of_stage = ("stages", names.index(self.stage.name), *path)
+            if any(of_stage[: len(at)] == at for at in self.tree.lines if len(at) > 2):
+                return self.tree.where(of_stage)
+        return self.tree.where(path)
 
     def of(self, stage: str | None) -> Located:
         """A stage by its name; the first where none is named. Raises ConfigError STAGE."""
@@ -266,7 +289,7 @@ def load_run(file: str | Path, overrides: Sequence[str] = ()) -> Located:
 def from_tree(tree: Tree, file: Path | None, name: str = "run") -> Located:
     """A run from its tree. Of a curriculum every stage is built with its changes, so that each mistake is located."""
     if not tree.values.get("stages"):
-        return Located(build(Run, tree), file, name)
+        return Located(build(Run, tree), file, name, tree=tree)
     listed = build(Listed, without(tree, [key for key in tree.values if key != "stages"])).stages
     names = [stage.name for stage in listed]
     if twice := [n for n in names if names.count(n) > 1]:
@@ -276,7 +299,7 @@ def from_tree(tree: Tree, file: Path | None, name: str = "run") -> Located:
         build(Run, merged(Run, base, tree, ("stages", number), skip=("name", "optimizer_state")))
         for number in range(len(listed))
     ]
-    return Located(runs[0], file, name, list(zip(listed, runs, strict=True)))
+    return Located(runs[0], file, name, list(zip(listed, runs, strict=True)), tree)
 
 
 class Listed(Part):

@@ -17,6 +17,7 @@ from lensmith.recipe.build import rehearse, set_threads
 from lensmith.recipe.export import export
 from lensmith.recipe.identity import check_identity, identity_of_done
 from lensmith.recipe.prepare import Prepared, prepare, require_steps
+from lensmith.recipe.rescue import forget, guard_summary
 from lensmith.recipe.run import Located
 from lensmith.recipe.stage import StageRun, Start
 from lensmith.recipe.stream import OpenStream, stream_folder
@@ -176,22 +177,31 @@ class Session:
     def _open_folder(self, stage: StageRun) -> None:
         out = self.output
         fresh = stage.start.resume is None
-        done = stage.start.first_step + stage.progress.step
-        self.metrics = MetricsWriter(out / "metrics.jsonl")
-        self.metrics.truncate_after(-1 if fresh else done)
         if fresh:  # an attempt that ended before its first checkpoint left these
             for name in ("heldout.json", "samples.json"):
                 (out / name).unlink(missing_ok=True)
+            forget(out)
         self.heldout: dict[str, Any] = run_folder.read_json(out / "heldout.json")
+        self._open_sinks(-1 if fresh else stage.start.first_step + stage.progress.step)
+        write_atomically(out / "run.yaml", self.located.resolved_yaml().encode())
+
+    def _open_sinks(self, done: int) -> None:
+        """Metrics and sinks of a run that goes on behind step `done`; -1: from its beginning."""
+        self.metrics = MetricsWriter(self.output / "metrics.jsonl")
+        self.metrics.truncate_after(done)
         self.losses = run_folder.losses(self.metrics.path)
         self.sinks = Sinks(
             self.metrics,
-            make_sinks([] if self.dry_run else list(self.run_file.log.sinks), out, done + 1),
+            make_sinks([] if self.dry_run else list(self.run_file.log.sinks), self.output, max(done, 0) + 1),
             self.terminal.warning,
         )
         self._logging = True
         self.sinks.open(self.located.name, self.run_file.model_dump(mode="json"))
-        write_atomically(out / "run.yaml", self.located.resolved_yaml().encode())
+
+    def rewind(self, done: int) -> None:
+        """After a roll-back: records of later steps go, as at a resume."""
+        self._close_sinks()
+        self._open_sinks(done)
 
     def _write_about(self, stage: StageRun) -> None:
         out, built = self.output, stage.built
@@ -245,6 +255,7 @@ class Session:
             self._parts(), self.done[-1].built, self.done[-1].progress, self.losses, self.metrics.path, self.heldout,
             str(self.store.path(newest[-1])), self.clock,
         )  # fmt: skip
+        self.summary["guard"] = guard_summary(self.output, self.done)
         if self.dry_run:
             self.terminal.event("dry_run", "dry run: index, model, one step and one save worked; nothing is kept")
             return

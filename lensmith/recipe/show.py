@@ -132,8 +132,14 @@ def _patch_grid(prepared: Prepared, loader: Loader, file: int, block: Any, origi
             decoded = loader.patches(loader.bytes_of(file, block.image, origin), [block])[0][: rows * columns]
     except Drop as drop:
         return Text(f"[this picture does not decode: {drop}]", style="red")
-    patches = decoded.reshape(rows // merge, columns // merge, merge * merge, 3, -1)
-    colours = patches.mean(axis=(2, 4)).astype(np.uint8)
+    high, wide = rows // merge, columns // merge
+    colours = decoded.reshape(rows * columns, 3, -1).mean(axis=2)
+    if family.pixels.grouped:
+        colours = colours.reshape(high, wide, merge * merge, 3).mean(axis=2)
+    else:  # row by row; what does not fill a cell at the edges is left out
+        whole = colours.reshape(rows, columns, 3)[: high * merge, : wide * merge]
+        colours = whole.reshape(high, merge, wide, merge, 3).mean(axis=(1, 3))
+    colours = colours.astype(np.uint8)
     text = Text()
     for line in colours:
         for r, g, b in line:

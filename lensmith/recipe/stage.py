@@ -9,19 +9,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from lensmith.checkpoint.export import write_adapter, write_model
+from lensmith.checkpoint.export import SavedTypes, write_adapter, write_model
 from lensmith.checkpoint.store import Published, write_atomically
 from lensmith.core.errors import DataError, UserError
 from lensmith.data.pipeline import Pipeline, StepRows, no_picture_known
 from lensmith.data.windows import StreamPipeline
-from lensmith.engine.loop import Callbacks, Loop, Progress
+from lensmith.engine.loop import Callbacks, Loop
+from lensmith.engine.progress import Progress
+from lensmith.engine.scale import LossScale
 from lensmith.engine.state import carry_state, read_state, write_state
 from lensmith.engine.step import StepResult
 from lensmith.model.options import Lora
@@ -31,6 +32,8 @@ from lensmith.recipe.build import build, data_workers
 from lensmith.recipe.held_out import HeldOut
 from lensmith.recipe.identity import check_identity, identity
 from lensmith.recipe.prepare import Prepared, require_steps
+from lensmith.recipe.probe import check_borders
+from lensmith.recipe.rescue import Feed, StageRescue
 from lensmith.recipe.stream import OpenStream
 from lensmith.recipe.train import peak_rss_bytes
 from lensmith.report.tables import what_trains
@@ -91,6 +94,7 @@ class StageRun:
         """What ended the stream."""
         self.fill: list[float] = []
         self.held: HeldOut | None = None
+        self.rescue = StageRescue(self)
 
     # -- the beginning ------------------------------------------------------------------------------------------
 
@@ -102,7 +106,12 @@ class StageRun:
             check_identity(resume.manifest.get("identity", {}), self.identity, str(resume.folder))
         with self.terminal.progress(f"Loading {self.prepared.model_folder.name}", None, counted=False):
             self.built = build(self.prepared, carried=self._carried)
+            check_borders(self.prepared, self.built.root, self.built.precision)
         self.progress = read_state(resume.folder / "state", self.built.optimizer) if resume else Progress()
+        if resume is not None:
+            self.rescue.remember(self.progress)
+        if self.built.precision.loss_scale and self.progress.scale is None:
+            self.progress.scale = LossScale()
         self.total = self._num_steps()
         cache, mode = self.built.root.cache, self.built.root.vision_mode
         self.warmed = cache is not None and self.stream is None and warm_pays(self.prepared, mode, cache)
@@ -144,11 +153,11 @@ class StageRun:
             f"{data_workers(self.run_file)} data workers)"
             + (f", resumed after step {resume.step}" if resume else ""),
             steps=steps, trainable=self.built.trainable_parameters, resumed=resume.step if resume else 0,
-            **self._stage,
+            **self.about_stage,
         )  # fmt: skip
 
     @property
-    def _stage(self) -> dict[str, str]:
+    def about_stage(self) -> dict[str, str]:
         return {"stage": self.name} if self.name else {}
 
     # -- the loop -----------------------------------------------------------------------------------------------
@@ -158,8 +167,8 @@ class StageRun:
         self.dropped = run_folder.dropped(self.session.metrics.path, self.name)
         self.held = HeldOut(self.prepared, self.built, self.output, self.terminal) if self.prepared.held else None
         self.clock.lap("startup")
-        self.pipeline, all_steps = self._pipeline()
         dry_run = self.session.dry_run
+        feed = Feed(self._steps, progress, progress.step + 1 if dry_run else self.total)
         if self.total > progress.step or (self.held is not None and "after" not in self.heldout):
             self._warm()
         # figures that are known already are of an attempt that ended before this stage's first checkpoint
@@ -172,28 +181,19 @@ class StageRun:
             train=run.train, saving=run.save, total_steps=self.total, first_step=self.start.first_step,
             evaluate_every=run.evaluate.every_steps if self.held else None,
             callbacks=Callbacks(self._log, self._evaluate, self._save, self._refresh, self._event), progress=progress,
+            guard=run.guard, rescue=self.rescue.callbacks(feed),
         )  # fmt: skip
         remaining = self.total - progress.step
-        with self.terminal.progress(f"Training {self.name}".strip(), remaining) as self.bar, closing(all_steps):
-            steps = islice(all_steps, 1 if dry_run else remaining)
+        with self.terminal.progress(f"Training {self.name}".strip(), remaining) as self.bar, closing(feed):
             if remaining > 0 and not loop.is_over:  # the run was made longer, or fell back
                 self.session.forget_figures(self.number)
-            loop.run(self._readable(steps))
+            loop.run(feed)
         if self.stream is not None and not dry_run:
             self._end_stream(self.stream, loop.is_over)
         self.clock.lap("train")
         if self.held is not None and not dry_run and "after" not in self.heldout:
             self._record_eval(progress, self.held.measure("after"))
         self.clock.lap("evaluate")
-
-    def _readable(self, steps: Iterator[StepRows]) -> Iterator[StepRows]:
-        """Of a stream, the steps up to what ends it: they are saved before that is said."""
-        try:
-            yield from steps
-        except UserError as error:
-            if self.stream is None:
-                raise
-            self.trouble = error
 
     def _end_stream(self, stream: OpenStream, stopped_early: bool) -> None:
         stream.is_over()
@@ -207,15 +207,23 @@ class StageRun:
         if done < self.total and not stopped_early:
             self.terminal.warning(f"the stream ended after step {done} of {self.total}")
 
-    def _pipeline(self) -> tuple[Any, Any]:
-        """What reads rows, and a generator of the steps from here on."""
+    def _steps(self) -> Iterator[StepRows]:
+        """The steps from the progress on. Of a stream, up to what ends it: they are saved before that is said."""
         cache, workers = self.built.root.cache, data_workers(self.run_file)
         known, p = no_picture_known if cache is None else cache.known, self.progress
-        if self.stream is not None:
-            stream = StreamPipeline(self.stream.spec, self.prepared.limits, workers=workers, known=known)
-            return stream, stream.steps(p.step, p.stream)
-        planned = Pipeline(self.prepared.train, self.prepared.plan, self.prepared.limits, workers=workers, known=known)
-        return planned, planned.steps(p.step, p.cursor)
+        if self.stream is None:
+            plan = replace(self.prepared.plan, excluded=dict(p.excluded))
+            self.pipeline = Pipeline(self.prepared.train, plan, self.prepared.limits, workers=workers, known=known)
+            return self.pipeline.steps(p.step, p.cursor)
+        self.pipeline = StreamPipeline(self.stream.spec, self.prepared.limits, workers=workers, known=known)
+        return self._readable(self.pipeline.steps(p.step, p.stream))
+
+    def _readable(self, steps: Iterator[StepRows]) -> Iterator[StepRows]:
+        try:
+            with closing(steps):  # type: ignore[type-var]
+                yield from steps
+        except UserError as error:
+            self.trouble = error
 
     def release(self) -> None:
         """Let go of model and optimizer: the next stage makes its own, and both would not fit a GPU."""
@@ -235,7 +243,7 @@ class StageRun:
     def _warm(self) -> None:
         """Encode every picture once ahead, when the tower is frozen, all features fit the cache and all are used."""
         root, train = self.built.root, self.prepared.train
-        if self.session.dry_run or not self.warmed or root.cache is None:
+        if self.session.dry_run or not self.warmed or root.cache is None or not isinstance(self.pipeline, Pipeline):
             return
         with self.terminal.progress("Encoding pictures once", len(train.trainable)) as bar:
             for done, row in self.pipeline.pictures(WARM_PATCHES):
@@ -256,20 +264,15 @@ class StageRun:
         return row
 
     def _log(self, p: Progress, data: Any, result: StepResult, seconds: float) -> None:
-        if not result.applied and not result.empty:
-            origins = data.index.origins(data.step.members[:8].tolist())
-            self.terminal.warning(
-                f"step {self._at(p)}: loss {result.loss}, gradient norm {result.grad_norm}; not applied. "
-                f"Samples: {', '.join(origins)} ..."
-            )
+        self._warn(p, data, result)
         self._note_dropped(p, data)
         rows = max(1, len(data.rows))
         self.fill.append(data.num_tokens / (rows * self.prepared.limits.device_tokens))
         self.session.losses.append(result.loss if math.isfinite(result.loss) else None)
         record = {
-            "kind": "step", "step": self._at(p), **self._stage, "epoch": round(p.epoch, 6), "loss": result.loss,
+            "kind": "step", "step": self._at(p), **self.about_stage, "epoch": round(p.epoch, 6), "loss": result.loss,
             "lr": result.rates, "grad_norm": result.grad_norm, "grad_norm_parts": result.grad_norm_parts,
-            "applied": result.applied, "tokens": data.num_tokens,
+            "applied": result.applied, "clipped_to": result.clipped_to, "tokens": data.num_tokens,
             "supervised": sum(len(r.supervised_S) for r in data.rows), "samples": data.num_samples,
             "image_tokens": int(sum((r.kind_T != 0).sum() for r in data.rows)), "padding": 0,
             "rows": len(data.rows), "fill": round(self.fill[-1], 4), "sources": self._by_source(data, result),
@@ -278,6 +281,9 @@ class StageRun:
             "tokens_per_second": data.num_tokens / seconds, "samples_per_second": data.num_samples / seconds,
             "step_seconds": seconds, "data_wait_seconds": data.wait_seconds, "rss_bytes": peak_rss_bytes(),
         }  # fmt: skip
+        record |= result.watched
+        if p.scale is not None:
+            record["loss_scale"] = p.scale.value
         if torch.cuda.is_available():
             record["gpu_bytes"] = torch.cuda.max_memory_allocated()
         self.session.sinks.write(record)
@@ -287,6 +293,23 @@ class StageRun:
             shown = {k: record[k] for k in ("step", "epoch", "loss", "grad_norm", "tokens_per_second")}
             self.terminal.event("step", **shown)
         self._check_dropped(data)
+
+    def _warn(self, p: Progress, data: Any, result: StepResult) -> None:
+        step, spike = self._at(p), result.spike
+        figures = f"step {step}: loss {result.loss:.6g}, gradient norm {result.grad_norm:.6g}"
+        if spike is not None and spike.is_spike:
+            found = {"loss_z": spike.loss_z, "grad_norm_z": spike.norm_z, "clipped_to": result.clipped_to}
+            values = {"loss": result.loss, "grad_norm": result.grad_norm}
+            self._event("spike", {"step": step, **values, **found})
+        elif result.overflow and p.scale is not None:
+            self.terminal.warning(f"{figures} at that loss scale; not applied, the scale is {p.scale.value:g} now")
+        elif not result.applied and not result.empty:
+            origins = data.index.origins(data.step.members[:8].tolist())
+            self.terminal.warning(f"{figures}; not applied. Samples: {', '.join(origins)} ...")
+
+    def forget_dropped(self) -> None:
+        """After a roll-back: what was dropped behind the checkpoint will be met again."""
+        self.dropped = run_folder.dropped(self.session.metrics.path, self.name)
 
     def _by_source(self, data: Any, result: StepResult) -> dict[str, dict[str, Any]]:
         """Of each source in the step: samples, tokens, supervised tokens and their mean loss (unweighted)."""
@@ -307,7 +330,7 @@ class StageRun:
     def _note_dropped(self, p: Progress, data: Any) -> None:
         for number, reason, detail in data.dropped:
             key = origin = data.index.origin(number)
-            about = {"step": self._at(p), **self._stage, "origin": origin, "reason": reason, "detail": detail}
+            about = {"step": self._at(p), **self.about_stage, "origin": origin, "reason": reason, "detail": detail}
             if self.stream is not None:  # each pass over a row is a row of the ledger
                 key = data.step.stream["window"], number
                 about |= {"window": key[0], "sample": number}
@@ -339,7 +362,7 @@ class StageRun:
                         remedy="restore these pictures and run again, or raise data.max_dropped")  # fmt: skip
 
     def _event(self, name: str, fields: dict[str, Any]) -> None:
-        self.session.sinks.write({"kind": "event", "name": name, **self._stage, **fields})
+        self.session.sinks.write({"kind": "event", "name": name, **self.about_stage, **fields})
         self.terminal.event(name, **fields)
 
     def _evaluate(self, p: Progress) -> dict[str, float]:
@@ -358,7 +381,7 @@ class StageRun:
             everything = json.dumps(run_folder.finite(self.session.heldout))
             write_atomically(self.output / "heldout.json", everything.encode())
         metrics = {k: v for k, v in scores.items() if k != "loss"}
-        about = {"kind": "eval", "step": step, **self._stage, "loss": scores.get("loss"), "metrics": metrics}
+        about = {"kind": "eval", "step": step, **self.about_stage, "loss": scores.get("loss"), "metrics": metrics}
         self.session.sinks.write(about)
         text = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
         self.terminal.event("eval", f"held out, step {step}: {text}", step=step, **scores)
@@ -383,7 +406,7 @@ class StageRun:
         published = self.store.publish(self._at(p), lambda folder: self._write(folder, p), about)
         self.store.purge(self.run_file.save.keep_last, self.session.best_steps() | set(self.session.borders))
         self.clock.lap("save")
-        about = {"kind": "event", "name": "checkpoint", "step": self._at(p), **self._stage}
+        about = {"kind": "event", "name": "checkpoint", "step": self._at(p), **self.about_stage}
         self.session.sinks.write({**about, "path": published.folder.name})
 
     def _write(self, folder: Path, p: Progress) -> None:
@@ -392,11 +415,12 @@ class StageRun:
         pixels = family.pixels.limits
         tune = self.run_file.tune
         if isinstance(tune, Lora):
-            dtype = getattr(torch, tune.saved)
+            dtype = self.built.precision.of("adapter").saved
             name, revision = run_folder.base_name(self.prepared)
             write_adapter(folder / "model", self.built.tuned.peft, base, name, dtype, revision=revision, pixels=pixels)
         else:
-            write_model(folder / "model", self.built.tuned.model, base, self.built.precision.saved,
+            types = SavedTypes.planned(self.built.precision, family.part_of)
+            write_model(folder / "model", self.built.tuned.model, base, types,
                         shard_gb=self.run_file.save.shard_gb, pixels=pixels)  # fmt: skip
         if self.run_file.model.add_tokens:
             (folder / "model" / "tokenizer.json").write_text(self.prepared.train.spec.tokenizer_json, encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from lensmith.report import data_plots, data_tables, plots
-from lensmith.report.page import environment, replaced
+from lensmith.report.html import environment, replaced
 from lensmith.report.tables import Table, percent
 
 

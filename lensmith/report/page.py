@@ -5,23 +5,22 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
 from markupsafe import Markup
 
 from lensmith.report import plots, tables
-from lensmith.report.escape import cell_safe, html_safe
+from lensmith.report.escape import cell_safe
+from lensmith.report.html import environment, replaced
+from lensmith.report.incidents import folder_links, incidents_table, read_incidents, write_incidents_page
 from lensmith.report.run_folder import DROPPED_COLUMNS, Ledger, RunFolder, picture, read_run_folder
 
 MAX_DROPPED, MAX_SAMPLES, MAX_EVENTS = 50, 60, 50
 _APART = {"schema", "name", "outcome", "heldout", "losses", "stages", "sources", "balance"}
 """What is shown in its own place, or is not for reading."""
 _TONES = {"finished": "good", "stopped": "fair", "failed": "bad"}
-_TEMPLATES = Path(__file__).parent
 
 
 def write_report(run_folder: Path) -> Path:
@@ -37,18 +36,10 @@ def write_report(run_folder: Path) -> Path:
         replaced(run_folder / "dropped.csv", lambda path: _write_dropped(path, run.ledger))
     curves = [Markup(plots.inline_svg(figure, name)) for name, figure in figures.items()]
     html = environment().get_template("page.html.jinja").render(_content(run), curves=curves)
+    write_incidents_page(run_folder)
     page = run_folder / "report.html"
     replaced(page, lambda path: path.write_text(html, "utf-8"))
     return page
-
-
-def environment() -> jinja2.Environment:
-    """For every page of lensmith."""
-    # html_safe sees every value first, also where a template forgets the escape filter
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, finalize=html_safe,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
 
 
 def _content(run: RunFolder) -> dict[str, Any]:
@@ -57,6 +48,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
     outcome = str(run.summary.get("outcome", "unknown"))
     dropped = list(run.ledger.dropped_rows(MAX_DROPPED))
     ledger = tables.ledger(run.ledger.counts)
+    incidents = read_incidents(run.path)
     return {
         "name": run.summary.get("name") or run.path.resolve().name,
         "outcome": outcome,
@@ -73,6 +65,8 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "trains": tables.what_trains(run.trains.get("rows", []), run.trains.get("totals", {})),
         "samples": [_sample(run.path, sample) for sample in run.samples[:MAX_SAMPLES]],
         "num_samples": len(run.samples),
+        "incidents": incidents_table(incidents),
+        "incident_links": folder_links(incidents)[:MAX_EVENTS],
         "events": _events(run),
         "config": run.config,
         "versions": [(name, tables.number(value)) for name, value in tables.flat(run.versions).items()],
@@ -168,10 +162,3 @@ def _write_dropped(path: Path, ledger: Ledger) -> None:
         writer = csv.writer(file)
         writer.writerow(DROPPED_COLUMNS)
         writer.writerows([cell_safe(cell) for cell in row] for row in ledger.dropped_rows())
-
-
-def replaced(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that appears when it is whole."""
-    new = path.with_name(path.name + ".tmp")
-    write(new)
-    os.replace(new, path)

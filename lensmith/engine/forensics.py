@@ -1,0 +1,222 @@
+"""A step that was not finite, computed again under hooks: which module, which sample, what kind of fault.
+
+It knows rows only as something that the root takes, with `members`: neither data nor family. Nothing has moved since
+the step: weights and moments are as they were, the random state is put back, so the same numbers come again. If they do
+not, the fault was transient. Afterwards the random state is what it was before the examination.
+"""
+
+# pyright: reportUnknownMemberType=false
+# (the stubs of torch leave parts of these types open)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.utils import get_total_norm
+
+from lensmith.engine.determinism import Snapshot, random_state
+from lensmith.engine.hooks import Seen, Trace, backward_hooks, forward_hooks, is_finite
+from lensmith.engine.optimizer import MasterAdamW
+from lensmith.engine.scale import LossScale
+from lensmith.engine.step import Terms, backward
+
+Cause = Literal[
+    "bad_input", "no_targets", "bad_weights", "forward_overflow", "backward_only", "loss", "ranks_differ", "other_rank",
+    "transient", "bad_state", "overflow",
+]  # fmt: skip
+
+RERUNS = 3
+"""A fault that does not come again in so many runs is transient."""
+
+
+@dataclass
+class Scene:
+    """All that is needed to compute a step again."""
+
+    root: Callable[[Any], Terms]
+    model: nn.Module
+    """The module whose names are those of the parameters; `root` runs it."""
+    rows: Sequence[Any]
+    refresh: Callable[[Any], Any]
+    reread: Callable[[int], Any]
+    """A row of one sample alone, by its number."""
+    count: float
+    optimizer: MasterAdamW
+    part_of: Callable[[str], str]
+    random: Snapshot
+    scale: LossScale | None = None
+
+    def gradient(self, row: Any) -> torch.Tensor:
+        """Forward and backward of one row on top of the gradients so far; the loss sum."""
+        loss = self.root(row)["loss"][0]
+        backward(loss, self.count, self.scale)
+        return loss.detach()
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Parameter -> norm of its gradient so far."""
+        return {n: float(get_total_norm([g.float()])) for n, g in self.optimizer.gradients()}
+
+
+@dataclass
+class Finding:
+    """What an examination found. `module` is its name in the model, `row` the number of the micro-batch."""
+
+    cause: Cause
+    module: str | None = None
+    module_type: str | None = None
+    part: str | None = None
+    direction: Literal["forward", "backward"] | None = None
+    row: int | None = None
+    samples: list[int] = field(default_factory=list[int])
+    """Those that are at fault: alone they are not finite, and others are."""
+    every_sample: bool = False
+    """Every sample is not finite: the fault is not in the data."""
+    largest_input: float | None = None
+    input_dtype: str | None = None
+    output_dtype: str | None = None
+    bad_parameters: list[str] = field(default_factory=list[str])
+    bad_gradients: list[str] = field(default_factory=list[str])
+    gradient_norms: dict[str, float] = field(default_factory=dict[str, float])
+    """Parameter -> norm of its gradient, in the row where the fault showed."""
+    largest_outputs: dict[str, float] = field(default_factory=dict[str, float])
+    """Module -> largest finite magnitude that it gave in that row."""
+    reruns: int = 0
+    random: tuple[dict[str, torch.Tensor], str] | None = None
+    """The random state just before the row, as `random_state` gives it."""
+
+
+@dataclass
+class _Fault:
+    number: int
+    row: Any
+    random: tuple[dict[str, torch.Tensor], str]
+    before: Snapshot
+    loss: torch.Tensor
+    trace: Trace
+    norms: dict[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def bad_gradients(self) -> list[str]:
+        """Where only the norm over all parameters is too large for its type, the largest."""
+        bad = [n for n, norm in self.norms.items() if not math.isfinite(norm)]
+        return bad or [max(self.norms, key=lambda n: self.norms[n])] if self.norms else []
+
+    @property
+    def shows(self) -> bool:
+        total = torch.tensor([0.0, *self.norms.values()]).square().sum()
+        return not is_finite(self.loss) or not is_finite(total)
+
+
+def examine(scene: Scene) -> Finding:
+    """Compute the step again until the fault shows, and say what it is. Gradients are gone afterwards."""
+    now = Snapshot()
+    try:
+        for run in range(1, RERUNS + 1):
+            fault = _rerun(scene)
+            if fault is not None:
+                found = _classified(scene, fault)
+                found.reruns, found.row, found.random = run, fault.number, fault.random
+                found.gradient_norms, found.largest_outputs = fault.norms, fault.trace.largest
+                return found
+        return Finding("transient", reruns=RERUNS)
+    finally:
+        scene.optimizer.zero_grad()
+        now.restore()
+
+
+def _rerun(scene: Scene) -> _Fault | None:
+    """The first micro-batch after which loss or gradient is not finite."""
+    scene.random.restore()
+    scene.optimizer.zero_grad()
+    for number, row in enumerate(scene.rows):
+        before, random = Snapshot(), random_state()
+        row = scene.refresh(row)
+        with forward_hooks(scene.model) as trace:
+            loss = scene.root(row)["loss"][0]
+        fault = _Fault(number, row, random, before, loss.detach(), trace)
+        if not fault.shows:
+            backward(loss, scene.count, scene.scale)
+            fault.norms = scene.gradient_norms()
+        if fault.shows:
+            return fault
+    return None
+
+
+def _classified(scene: Scene, fault: _Fault) -> Finding:
+    bad_parameters = [n for n, p in scene.model.named_parameters() if not is_finite(p)]
+    seen = next((s for s in fault.trace.seen if not s.bad_input), None)
+    if bad_parameters:
+        own = next((s for s in fault.trace.seen if s.bad_parameters), None)
+        found = _at(scene, "bad_weights", "forward", own or Seen(_owner(bad_parameters[0]), ""))
+        found.bad_parameters = bad_parameters
+        return found
+    if seen is not None:
+        found = _at(scene, "forward_overflow", "forward", seen)
+    elif fault.trace.seen:
+        found = _at(scene, "bad_input", "forward", fault.trace.seen[0])
+    elif not is_finite(fault.loss):
+        found = Finding("loss")
+    else:
+        found = _backward(scene, fault)
+    found.bad_gradients = fault.bad_gradients if found.direction == "backward" else []
+    _bisect(scene, fault, found)
+    if found.cause == "loss" and (empty := _without_targets(fault.row)):
+        found.cause, found.samples, found.every_sample = "no_targets", empty, False
+    return found
+
+
+def _at(scene: Scene, cause: Cause, direction: Literal["forward", "backward"], seen: Seen) -> Finding:
+    part = scene.part_of(f"{seen.module}.weight") if seen.module else None
+    return Finding(
+        cause, seen.module, seen.type or type(scene.model.get_submodule(seen.module)).__name__, part, direction,
+        largest_input=seen.largest_input, input_dtype=seen.input_dtype, output_dtype=seen.output_dtype,
+    )  # fmt: skip
+
+
+def _backward(scene: Scene, fault: _Fault) -> Finding:
+    """Which module gives a gradient that is not finite while it gets a finite one. Where none does, the gradient of a
+    parameter alone is bad: the last of its kind in the model's order, the first of the backward pass."""
+    fault.before.restore()
+    scene.optimizer.zero_grad()
+    with backward_hooks(scene.model) as seen:
+        scene.gradient(scene.refresh(fault.row))
+    if seen:
+        return _at(scene, "backward_only", "backward", seen[0])
+    return _at(scene, "backward_only", "backward", Seen(_owner(fault.bad_gradients[-1]), ""))
+
+
+def _bisect(scene: Scene, fault: _Fault, found: Finding) -> None:
+    """Each sample of the row alone. If all of them are bad, one of another row tells whether any sample would be."""
+    members = list(fault.row.members)
+    if len(members) == 1 and len(scene.rows) == 1:
+        found.samples = members
+        return
+    bad = [m for m in members if _is_bad(scene, fault, m)]
+    others = [m for n, row in enumerate(scene.rows) if n != fault.number for m in row.members]
+    found.every_sample = bad == members and (not others or _is_bad(scene, fault, others[0]))
+    found.samples = [] if found.every_sample else bad
+
+
+def _is_bad(scene: Scene, fault: _Fault, sample: int) -> bool:
+    fault.before.restore()
+    scene.optimizer.zero_grad()
+    row = scene.reread(sample)
+    if not row.members:  # its picture cannot be read any more
+        return False
+    loss = scene.gradient(row)
+    return _Fault(0, row, fault.random, fault.before, loss, Trace(), scene.gradient_norms()).shows
+
+
+def _without_targets(row: Any) -> list[int]:
+    """Samples of a row of which nothing is trained."""
+    trained = set(row.sample_S.tolist())
+    return [m for m in row.members if m not in trained]
+
+
+def _owner(parameter: str) -> str:
+    return parameter.rpartition(".")[0]

@@ -1,0 +1,153 @@
+"""What a stage gives the loop for looking into a step that is not finite, and for going back to a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lensmith.checkpoint.store import write_atomically
+from lensmith.core.errors import RunError
+from lensmith.data.tokenizer import TextTokenizer
+from lensmith.engine.guard import History
+from lensmith.engine.progress import Progress
+from lensmith.engine.rescue import Incident, Rescue
+from lensmith.engine.state import read_state
+from lensmith.recipe import folder as run_folder
+from lensmith.recipe.incident import About, write_incident
+from lensmith.report.incidents import write_incidents_page
+
+if TYPE_CHECKING:
+    from lensmith.recipe.stage import StageRun
+
+
+class Feed:
+    """The steps of a stage from its progress on, up to step `last`; begun anew from wherever the progress is put."""
+
+    def __init__(self, begin: Callable[[], Any], progress: Progress, last: int):
+        self._begin, self._progress, self.last = begin, progress, last
+        self._steps = begin()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._progress.step >= self.last:
+            raise StopIteration
+        return next(self._steps)
+
+    def restart(self) -> None:
+        self.close()
+        self._steps = self._begin()
+
+    def close(self) -> None:
+        self._steps.close()
+
+
+class StageRescue:
+    """Of one stage."""
+
+    def __init__(self, stage: StageRun):
+        self.stage = stage
+
+    def callbacks(self, feed: Feed) -> Rescue:
+        stage = self.stage
+        return Rescue(
+            stage.built.root.model, lambda sample: stage.pipeline.reread((sample,)), self.record, self.keep,
+            self.roll_back, None if stage.stream is not None else lambda progress: feed.restart(),
+        )  # fmt: skip
+
+    def record(self, incident: Incident) -> None:
+        """Write the folder and the page, and say what was found."""
+        stage, f = self.stage, incident.finding
+        folder = write_incident(incident, self._about(incident))
+        write_incidents_page(stage.output)
+        shown = str(folder.relative_to(stage.output))
+        origins = [self._origin(incident, n) for n in f.samples]
+        step = stage.start.first_step + incident.step
+        stage.session.sinks.write({
+            "kind": "event", "name": "incident", "step": step, **stage.about_stage, "cause": f.cause,
+            "module": f.module, "part": f.part, "samples": origins, "action": incident.action, "why": incident.why,
+            "folder": shown,
+        })  # fmt: skip
+        largest = "" if f.largest_input is None else f", largest finite input {f.largest_input:.3g} {f.input_dtype}"
+        fault = "samples: " + ", ".join(origins[:8]) if origins else "every sample" if f.every_sample else "no sample"
+        said = {"skip": "left out", "roll_back": "going back to the last checkpoint", "stop": "the run stops"}
+        stage.terminal.warning(
+            f"step {step}: {incident.text}{largest}; at fault: {fault}; {said[incident.action]} ({incident.why}). "
+            f"Look into it: lensmith replay {folder}"
+        )
+
+    def _about(self, incident: Incident) -> About:
+        stage = self.stage
+        newest = stage.store.steps()
+        known = {
+            "run": stage.prepared.located.name, "stage": stage.name, "stage_number": stage.number,
+            "model_folder": str(stage.prepared.model_folder), "has_added_tokens": stage.prepared.has_added_tokens,
+            "checkpoint": str(stage.store.path(newest[-1])) if newest else None,
+            "steps_since_checkpoint": stage.start.first_step + incident.step - newest[-1] if newest else None,
+            "versions": run_folder.versions(stage.prepared), "device": str(stage.built.root.device),
+            "precision": stage.built.precision.preset,
+        }  # fmt: skip
+        return About(
+            stage.output, stage.prepared.located.resolved_yaml(), stage.run_file.guard, stage.built.root,
+            stage.start.first_step, known, lambda number: self._origin(incident, number), self._text,
+        )  # fmt: skip
+
+    def _origin(self, incident: Incident, number: int) -> str:
+        index = incident.data.index if incident.data is not None else self.stage.prepared.train
+        return index.origin(number)
+
+    def _text(self, ids: Any) -> str:
+        return TextTokenizer(self.stage.prepared.train.spec.tokenizer_json).decode(list(ids))
+
+    def keep(self, p: Progress) -> None:
+        """`incidents/history.json`, by stage."""
+        path = self.stage.output / "incidents" / "history.json"
+        path.parent.mkdir(exist_ok=True)
+        everything = run_folder.read_json(path)
+        values = p.to_json()
+        everything[str(self.stage.number)] = {key: values[key] for key in ("history", "excluded")}
+        write_atomically(path, json.dumps(everything, indent=1).encode())
+
+    def remember(self, p: Progress) -> None:
+        """Of a run that is resumed: what was found out behind the checkpoint that it goes on from."""
+        kept = run_folder.read_json(self.stage.output / "incidents" / "history.json").get(str(self.stage.number))
+        if kept is not None:
+            p.history = History(**kept["history"])
+            p.excluded |= {int(k): int(v) for k, v in kept["excluded"]}
+
+    def roll_back(self, last: int) -> Progress:
+        """Parameters, moments and random state of the newest checkpoint that verifies, up to step `last`. Later ones
+        are deleted; metrics, and samples dropped since then, are forgotten. Raises `RunError` NONFINITE where this
+        stage has none, and as `Store.newest`."""
+        stage = self.stage
+        newest = stage.store.newest(stage.terminal.warning, stage.start.first_step + last)
+        if newest is None or int(newest.manifest.get("stage", 0)) != stage.number:
+            which = "of this stage " if newest is not None else ""
+            raise RunError("NONFINITE", f"there is no checkpoint {which}up to step {last} to go back to")
+        stage.store.forget_after(newest.step)
+        back = read_state(newest.folder / "state", stage.built.optimizer)
+        reached = stage.progress.step
+        stage.session.rewind(stage.start.first_step + back.step)
+        stage.forget_dropped()
+        stage.bar.advance(back.step - reached)
+        return back
+
+
+def forget(output: Path) -> None:
+    """Of an attempt that ended before its first checkpoint: its incidents stay to be looked at, their count goes."""
+    (output / "incidents" / "history.json").unlink(missing_ok=True)
+
+
+def guard_summary(output: Path, stages: Sequence[StageRun]) -> dict[str, int]:
+    """What went wrong, for summary.json; of the stages before this session, what was kept of them."""
+    now = {str(stage.number): stage.progress.to_json() for stage in stages}
+    each = [*(run_folder.read_json(output / "incidents" / "history.json") | now).values()]
+    found = {key: sum(values["history"][key] for values in each) for key in ("incidents", "skipped", "transient")}
+    return found | {
+        "roll_backs": sum(len(values["history"]["roll_backs"]) for values in each),
+        "spikes": sum(values["history"]["spikes"] for values in each),
+        "excluded": sum(len(values["excluded"]) for values in each),
+    }

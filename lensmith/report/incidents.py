@@ -1,0 +1,111 @@
+"""`incidents.html`: every step of a run that was not finite, what was found and what was done; and its rows in the
+report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from lensmith.core.errors import DataError
+from lensmith.report import tables
+from lensmith.report.html import environment, replaced
+from lensmith.report.metrics import Record
+
+PAGE = "incidents.html"
+MAX_ROWS, MAX_NORMS, MAX_SAMPLES = 200, 12, 20
+
+WHAT: dict[str, str] = {
+    "bad_input": "The input was not finite before any module saw it.",
+    "no_targets": "Nothing of these samples is trained, and the loss divided by that.",
+    "bad_weights": "Weights were not finite already.",
+    "forward_overflow": "Finite inputs and weights, and an output that is not: too large for its type, or undefined.",
+    "backward_only": "The forward pass is finite; the gradient is not.",
+    "loss": "Every module is finite; the loss is not.",
+    "overflow": "The gradient overflows float16 at the smallest loss scale.",
+    "ranks_differ": "The ranks have different gradients where they must have the same.",
+    "other_rank": "This rank is finite; another one is not.",
+    "transient": "Computed again, the step is finite.",
+    "bad_state": "Weights or moments were found not finite when they were looked through.",
+}
+
+
+def read_incidents(run_folder: Path) -> list[Record]:
+    """incident.json of each folder, oldest first, with `folder` (its name). Raises `DataError` for a broken one."""
+    found: list[tuple[int, str, Record]] = []
+    for path in (run_folder / "incidents").glob("step-*/incident.json"):
+        try:
+            record = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise DataError("RUN_FOLDER", str(error), where=str(path),
+                            remedy="delete this folder to have a report without it") from None  # fmt: skip
+        found.append((path.stat().st_mtime_ns, path.parent.name, record))
+    return [{**record, "folder": name} for _, name, record in sorted(found, key=lambda f: f[:2])]
+
+
+def incidents_table(found: Sequence[Mapping[str, Any]]) -> tables.Table:
+    columns = ("Step", "Cause", "Module", "Part", "At fault", "Done", "Folder")
+    rows = [
+        (
+            tables.number(i["step"]), str(i["cause"]), str(i["module"] or tables.MISSING),
+            str(i["part"] or tables.MISSING), at_fault(i), f"{i['action']}: {i['why']}", f"incidents/{i['folder']}",
+        )
+        for i in found[-MAX_ROWS:]
+    ]  # fmt: skip
+    return tables.Table("Incidents", columns, rows, frozenset({"Step"}))
+
+
+def at_fault(incident: Mapping[str, Any]) -> str:
+    origins = [str(s["origin"]) for s in incident["samples"]]
+    more = f" and {len(origins) - MAX_SAMPLES} more" if len(origins) > MAX_SAMPLES else ""
+    return ", ".join(origins[:MAX_SAMPLES]) + more or ("every sample" if incident["every_sample"] else "no sample")
+
+
+def write_incidents_page(run_folder: Path) -> Path | None:
+    """Write `incidents.html` into a run folder that has incidents."""
+    found = read_incidents(run_folder)
+    if not found:
+        return None
+    html = environment().get_template("incidents.html.jinja").render(
+        name=found[-1].get("run") or run_folder.resolve().name, overview=incidents_table(found),
+        incidents=[_card(i) for i in reversed(found)], links=folder_links(found),
+    )  # fmt: skip
+    page = run_folder / PAGE
+    replaced(page, lambda path: path.write_text(html, "utf-8"))
+    return page
+
+
+def folder_links(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(name, link) of each folder, newest first."""
+    names = [f"incidents/{i['folder']}/" for i in reversed(found)]
+    return [(name, "./" + quote(os.fsencode(name))) for name in names]
+
+
+def _card(incident: Mapping[str, Any]) -> dict[str, Any]:
+    i = incident
+    norms = sorted(
+        (i.get("gradient_norms") or {}).items(), key=lambda item: -(float("inf") if item[1] is None else item[1])
+    )
+    largest = i["largest_input"]
+    facts = [
+        ("module", f"{i['module']} ({i['module_type']})" if i["module"] else ""), ("part", i["part"]),
+        ("direction", i["direction"]),
+        ("largest finite input", "" if largest is None else f"{largest:.6g} {i['input_dtype']}"),
+        ("output", i["output_dtype"]), ("at fault", at_fault(i)),
+        ("bad parameters", ", ".join(i["bad_parameters"][:MAX_NORMS])),
+        ("bad gradients", ", ".join(i["bad_gradients"][:MAX_NORMS])),
+        ("loss", tables.figure("loss", i["loss"])), ("gradient norm", tables.number(i["grad_norm"])),
+        ("done", f"{i['action']}: {i['why']}"), ("advice", i["advice"]), ("re-runs", tables.number(i["reruns"])),
+        ("last checkpoint", i["checkpoint"] or "none"), ("time", i["time"]),
+    ]  # fmt: skip
+    rows = [(name, tables.number(value)) for name, value in norms[:MAX_NORMS]]
+    return {
+        "title": f"Step {i['step']:,}: {i['cause']}", "what": WHAT.get(i["cause"], ""),
+        "tone": {"skip": "fair", "roll_back": "fair", "stop": "bad"}[i["action"]], "action": i["action"],
+        "facts": [(name, str(value)) for name, value in facts if value],
+        "norms": tables.Table("Largest gradients", ("Parameter", "Norm"), rows, frozenset({"Norm"})),
+        "replay": f"lensmith replay incidents/{i['folder']}",
+    }  # fmt: skip
