@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def run_file(stage: str, model: Path, roots: list[str]) -> dict[str, Any]:
     }
 
 
-def make_tokenizer(folder: Path, texts: list[str]) -> dict[str, int]:
+def make_tokenizer(folder: Path, texts: list[str], control: tuple[str, ...] = CONTROL) -> dict[str, int]:
     """A byte-level BPE of Qwen's kind over the task's words; returns the control ids."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -74,11 +75,11 @@ def make_tokenizer(folder: Path, texts: list[str]) -> dict[str, int]:
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), level])
     tok.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    size = VOCABULARY - len(CONTROL)
+    size = VOCABULARY - len(control)
     tok.train_from_iterator(
         texts, trainers.BpeTrainer(vocab_size=size, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
     )
-    tok.add_tokens([AddedToken(name, special=True, normalized=False) for name in CONTROL])
+    tok.add_tokens([AddedToken(name, special=True, normalized=False) for name in control])
     folder.mkdir(parents=True, exist_ok=True)
     tok.save(str(folder / "tokenizer.json"))
     about = {
@@ -89,7 +90,7 @@ def make_tokenizer(folder: Path, texts: list[str]) -> dict[str, int]:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=1))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return {name: tok.token_to_id(name) for name in CONTROL}
+    return {name: tok.token_to_id(name) for name in control}
 
 
 def make_random_model(folder: Path, ids: dict[str, int]) -> None:
@@ -154,8 +155,16 @@ def make_random_model(folder: Path, ids: dict[str, int]) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=1))
 
 
-def make(folder: Path) -> Path:
-    """Everything, in `folder`; goes on where it stopped when run again. Returns the base model's folder."""
+def qwen(folder: Path, texts: list[str]) -> None:
+    """The random model that the base begins as."""
+    make_random_model(folder, make_tokenizer(folder, texts))
+
+
+def make(folder: Path, begin: Callable[[Path, list[str]], None] = qwen) -> Path:
+    """Everything, in `folder`; goes on where it stopped when run again. Returns the base model's folder.
+
+    `begin` makes the random model in a folder, with a tokenizer for the texts.
+    """
     import yaml
 
     from lensmith.recipe.export import export
@@ -171,7 +180,7 @@ def make(folder: Path) -> Path:
             easy_vqa.caption(k, rng) for p in pictures for _ in range(4) if (k := easy_vqa.facts(p)).colour or k.shape
         ]
         texts += ["user\n", "assistant\n", "system\n"] * 2000
-        make_random_model(folder / "random", make_tokenizer(folder / "random", texts))
+        begin(folder / "random", texts)
         easy_vqa.write_lines(folder / "names.jsonl", easy_vqa.name_rows("train", 2, folder / "mirrored"))
         easy_vqa.write_lines(folder / "sentences.jsonl", easy_vqa.caption_rows("train", 6, 2, 0, folder / "mirrored"))
     roots = [str(pictures[0].path.parent), str(folder / "mirrored")]
