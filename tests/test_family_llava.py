@@ -51,6 +51,7 @@ from lensmith.core.encoded import IMAGE, Encoded, ImageBlock
 from lensmith.core.errors import Drop, ModelError
 from lensmith.core.sample import Conversation, Document, Message, Sample, Text, ToolCall, Video
 from lensmith.data.encode import Placed
+from lensmith.data.tokenizer import TextTokenizer
 from lensmith.family.llava import Llava, from_config
 from lensmith.family.registry import load_family
 from lensmith.family.tiles import tile_values
@@ -213,18 +214,35 @@ def test_all_texts(kit: Kit) -> None:
 
 
 def test_spaces_in_front(kit: Kit) -> None:
-    """Whatever the scheme of the tokenizer, the text behind a picture or an answer begins as any other."""
-    parsed = json.loads(tiny_llava.tokenizer_json())
-    parsed |= {"normalizer": None}
-    found: dict[str, list[int]] = {}
-    for scheme in ("always", "first"):
+    """As the scheme of the tokenizer says: before every text behind a token, before the first alone, or nowhere."""
+    parsed = json.loads(tiny_llava.tokenizer_json()) | {"normalizer": None}
+    for scheme in ("always", "first", "never"):
         parsed["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+        tokenizer = TextTokenizer(json.dumps(parsed))
+        theirs = Tokenizer.from_str(json.dumps(parsed)).encode("a<image>yes</s>no <image>").ids
+        ours = [tokenizer.control("<s>"), *tokenizer.plain("a")[0], tokenizer.control("<image>"),
+                *tokenizer.plain("yes", "run")[0], tokenizer.control("</s>"), *tokenizer.plain("no ", "run")[0],
+                tokenizer.control("<image>")]  # fmt: skip
+        assert ours == theirs, scheme
         spec = replace(kit.loader.spec, tokenizer_json=json.dumps(parsed))
-        sample = Sample("test", (CONVERSATIONS["turns"],))
-        found[scheme] = spec.build().encoder(0, "test").encode(sample).ids_L.tolist()
-    assert found["first"] == found["always"]
-    theirs = Tokenizer.from_str(json.dumps(parsed)).encode("a<image>yes").tokens
-    assert theirs == ["<s>", "▁a", "<image>", "yes"]
+        sample = Sample(
+            "test", (chat(("user", "what is it?"), ("assistant", "a dog"), ("user", "and"), ("assistant", "b")),)
+        )
+        found = spec.build().encoder(0, "test").encode(sample).ids_L.tolist()
+        assert found == Tokenizer.from_str(json.dumps(parsed)).encode(tokenizer.decode(found[1:])).ids, scheme
+
+
+def test_a_long_text_is_tokenised_as_a_whole(kit: Kit) -> None:
+    """In stretches, of which only the first has a space in front."""
+    text = "what is in the picture. " * 3000
+    for scheme in ("always", "first", "never"):
+        parsed = json.loads(tiny_llava.tokenizer_json()) | {"normalizer": None}
+        parsed["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": True}
+        spec = replace(kit.loader.spec, tokenizer_json=json.dumps(parsed), max_tokens=1 << 20)
+        sample = Sample("test", Document((Text(text),)))
+        found = spec.build().encoder(0, "test").encode(sample).ids_L.tolist()
+        assert len(text) > 4 * 16384
+        assert found[:-1] == Tokenizer.from_str(json.dumps(parsed)).encode(text).ids, scheme
 
 
 def test_tools_are_left_out(kit: Kit) -> None:

@@ -151,10 +151,10 @@ class Counting(TextTokenizer):
     calls = 0
     characters = 0
 
-    def plain(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def plain(self, text: str, stands: Any = "front") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         self.calls += 1
         self.characters += len(text)
-        return super().plain(text)
+        return super().plain(text, stands)
 
 
 @pytest.fixture(scope="module")

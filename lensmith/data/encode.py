@@ -17,7 +17,7 @@ from lensmith.core.errors import Drop
 from lensmith.core.sample import Conversation, Document, Image, Part, Sample, Text, Video
 from lensmith.data.branches import join_branches
 from lensmith.data.split import SENTENCE_ENDS, Cut, Splitter, UnitSize, sentence_ends, stretches
-from lensmith.data.tokenizer import TextTokenizer
+from lensmith.data.tokenizer import Stands, TextTokenizer
 
 ImageSize = Callable[[Image], tuple[int, int]]
 
@@ -135,8 +135,8 @@ class Encoder:
             return self._checked(join_branches([self._branch(c) for c in sample.content]))
         units = self._units(sample.content)
         if cut is None:
-            return self._checked(self._encoded([self._tokens(unit) for unit in units]))
-        return self._checked(self._cut({n: self._tokens(units[n]) for n in range(cut.first, cut.last + 1)}, cut))
+            return self._checked(self._encoded(self._all(units)))
+        return self._checked(self._cut({n: self._unit(units, n) for n in range(cut.first, cut.last + 1)}, cut))
 
     def pieces(self, sample: Sample) -> list[tuple[Cut | None, Encoded | Drop]]:
         """(None, sample) for one that stays whole, else every piece of a document in order.
@@ -145,10 +145,11 @@ class Encoder:
         """
         if not isinstance(sample.content, Document) or self.documents.too_long == "drop":
             return [(None, self.encode(sample))]
-        units = [self._tokens(unit) for unit in self._units(sample.content)]
+        parts = self._units(sample.content)
+        units = self._all(parts)
         if sum(map(len, units)) <= self.max_tokens and len(sample.media()) <= self.documents.max_images:
             return [(None, self._checked(self._encoded(units)))]
-        sizes = [_unit_size(unit, text) for unit, text in zip(units, self._texts(sample.content), strict=True)]
+        sizes = [_unit_size(unit, _text_of(part)) for unit, part in zip(units, parts, strict=True)]
         found: list[tuple[Cut | None, Encoded | Drop]] = []
         for cut in Splitter(sizes, self.max_tokens, self.documents.max_images, self.documents.overlap).cuts():
             try:
@@ -204,7 +205,18 @@ class Encoder:
     # -- documents ----------------------------------------------------------------------------------------------
 
     def _document(self, document: Document) -> Encoded:
-        return self._encoded([self._tokens(unit) for unit in self._units(document)])
+        return self._encoded(self._all(self._units(document)))
+
+    def _all(self, units: Sequence[list[Piece]]) -> list[Tokens]:
+        return [self._unit(units, n) for n in range(len(units))]
+
+    def _unit(self, units: Sequence[list[Piece]], n: int) -> Tokens:
+        """A unit where it stands: a text behind a text is the rest of it; the token that begins a document is put in
+        front by the tokenizer itself, elsewhere."""
+        stands: Stands = "front" if n == 0 else "inside" if isinstance(units[n - 1][0], Run) else "run"
+        if n == 1 and self.rendering.start_of_document:
+            stands = "front"
+        return self._tokens(units[n], stands)
 
     def _cut(self, units: Mapping[int, Tokens] | Sequence[Tokens], cut: Cut) -> Encoded:
         encoded = self._encoded([units[n][cut.slice(n, len(units[n]))] for n in range(cut.first, cut.last + 1)])
@@ -221,13 +233,6 @@ class Encoder:
             units += [self.rendering.render_media(part)] if not isinstance(part, list) else _text_units(part)
         texts = [p for p in document.parts if isinstance(p, Text)]
         return [*units, [Template(end, trained=not texts or texts[-1].train is not False)]]
-
-    def _texts(self, document: Document) -> list[str | None]:
-        """The text of each unit; None for what is never cut."""
-        return [
-            "".join(p.text for p in unit if isinstance(p, Run)) if isinstance(unit[0], Run) else None
-            for unit in self._units(document)
-        ]
 
     # -- tokens -------------------------------------------------------------------------------------------------
 
@@ -250,14 +255,17 @@ class Encoder:
             images=blocks,
         )
 
-    def _tokens(self, pieces: Sequence[Piece]) -> Tokens:
+    def _tokens(self, pieces: Sequence[Piece], stands: Stands = "front") -> Tokens:
+        """`stands`: the first text of these pieces, unless a token stands before it."""
         found: list[Tokens] = []
         run: list[Run] = []
 
         def flush() -> None:
+            nonlocal stands
             if run:
-                found.append(self._tokenise(run))
+                found.append(self._tokenise(run, stands))
                 run.clear()
+                stands = "run"
 
         for piece in self._resolved(pieces):
             if isinstance(piece, Run):
@@ -269,9 +277,11 @@ class Encoder:
                         continue
                     flush()
                     found.append(Tokens(np.array([control], np.int32), np.array([piece.trained]), _kinds(1, TEXT)))
+                    stands = stands if piece.vendor == "" else "run"
             else:
                 flush()
                 found.append(self._block(piece))
+                stands = "run"
         flush()
         if len(found) == 1:
             return found[0]
@@ -302,15 +312,20 @@ class Encoder:
         ids = np.full(n, self.tokenizer.control(name), np.int32)
         return Tokens(ids, np.zeros(n, bool), _kinds(n, IMAGE), (block,))
 
-    def _tokenise(self, run: list[Run]) -> Tokens:
+    def _tokenise(self, run: list[Run], stands: Stands) -> Tokens:
         """A token is trained where its first character is: one that merges a border belongs to the template."""
         text = "".join(r.text for r in run)
-        ids, starts, whole = self.tokenizer.plain(text)
+        ids, starts, whole = self.tokenizer.plain(text, stands)
         if len({r.trained for r in run}) == 1:
             trained = np.full(len(ids), run[0].trained)
         else:
             trained = np.repeat([r.trained for r in run], [len(r.text) for r in run])[starts]
         return Tokens(ids, trained, _kinds(len(ids), TEXT), (), np.where(whole, starts, -1))
+
+
+def _text_of(unit: Sequence[Piece]) -> str | None:
+    """Of a unit; None for what is never cut."""
+    return "".join(p.text for p in unit if isinstance(p, Run)) if isinstance(unit[0], Run) else None
 
 
 def _kinds(count: int, kind: int) -> np.ndarray:

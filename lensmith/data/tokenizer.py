@@ -8,12 +8,13 @@ tokens merge across the border of template and content exactly as they do in the
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
@@ -23,6 +24,35 @@ from lensmith.data import sentencepiece
 
 SHORT, SHORT_TEXTS = 48, 4096
 """Texts up to so many characters are remembered: most runs between control tokens are the template's own."""
+
+
+Stands = Literal["front", "run", "inside"]
+"""Where a text stands: at the very beginning, behind a control token or a picture, or as the rest of a text that is
+tokenised in stretches. Tokenizers of SentencePiece's kind put a space in front of the first, or of the first two."""
+
+
+def _without_space_in_front(parsed: dict[str, Any]) -> tuple[Literal["never", "first", "always"], dict[str, Any]]:
+    """Where a tokenizer puts a space in front of text, and the same tokenizer without it.
+
+    `tokenizer.json` has it as a `Prepend` normalizer, or as `prepend_scheme` or `add_prefix_space` of a pre-tokenizer.
+    """
+    bare = copy.deepcopy(parsed)
+    found: Literal["never", "first", "always"] = "never"
+    for key, inside in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        step = bare.get(key) or {}
+        listed = step.get(inside, [step]) if step.get("type") == "Sequence" else [step]
+        for part in listed:
+            if part.get("type") == "Metaspace":
+                found = part.get("prepend_scheme") or ("always" if part.get("add_prefix_space", True) else "never")
+                part["prepend_scheme"] = "never"
+                part.pop("add_prefix_space", None)
+            elif part.get("type") == "ByteLevel" and part.get("add_prefix_space"):
+                found, part["add_prefix_space"] = "always", False
+        if any(part.get("type") == "Prepend" for part in listed):
+            found = "always"
+            kept = [part for part in listed if part.get("type") != "Prepend"]
+            bare[key] = {"type": "Sequence", inside: kept} if kept else None
+    return found, bare
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
@@ -59,7 +89,7 @@ def tokenizer_text(folder: Path) -> str:
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str()
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer.to_str()
     raise ModelError("TOKENIZER", "no tokenizer.json (nor tokenizer.model, nor vocab.json and merges.txt)",
                      where=str(folder))  # fmt: skip
 
@@ -92,7 +122,9 @@ class TextTokenizer:
         parsed["added_tokens"] = []
         parsed["truncation"] = parsed["padding"] = parsed["post_processor"] = None
         self._plain = Tokenizer.from_str(json.dumps(parsed))
-        self._short: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._spaces, bare = _without_space_in_front(parsed)
+        self._bare = self._plain if self._spaces == "never" else Tokenizer.from_str(json.dumps(bare))
+        self._short: dict[tuple[str, bool], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self.num_ids = max([self._plain.get_vocab_size(with_added_tokens=False), *(i + 1 for i in self.added.values())])
 
     @staticmethod
@@ -116,18 +148,22 @@ class TextTokenizer:
         found = [t for t in self._border.split(text) if t] if self._border else [text]
         return [(t, None if t in self.text_tokens else self.added.get(t)) for t in found]
 
-    def plain(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def plain(self, text: str, stands: Stands = "front") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids [n], where each token begins in characters of `text` [n], and whether it begins with a whole character
         (bool [n]; byte-level tokens may begin inside one). No text becomes a control token."""
+        space = self._space_in_front(stands)
         if len(text) > SHORT:
-            return self._plain_ids(text)
-        if text not in self._short:
+            return self._plain_ids(text, space)
+        if (text, space) not in self._short:
             if len(self._short) >= SHORT_TEXTS:
                 self._short.clear()
-            self._short[text] = self._plain_ids(text)
-        return self._short[text]
+            self._short[text, space] = self._plain_ids(text, space)
+        return self._short[text, space]
 
-    def _plain_ids(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _space_in_front(self, stands: Stands) -> bool:
+        return stands == "front" if self._spaces == "first" else self._spaces == "always" and stands != "inside"
+
+    def _plain_ids(self, text: str, space: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ids: list[int] = []
         starts: list[int] = []
         ends: list[int] = []
@@ -138,11 +174,13 @@ class TextTokenizer:
                 starts.append(at)
                 ends.append(at + len(stretch))
             elif stretch:
-                encoding = self._plain.encode(stretch, add_special_tokens=False)
+                tokenizer = self._plain if space else self._bare
+                encoding = tokenizer.encode(stretch, add_special_tokens=False)
                 ids += encoding.ids
                 starts += [at + offset[0] for offset in encoding.offsets]
                 ends += [at + offset[1] for offset in encoding.offsets]
             at += len(stretch)
+            space = self._space_in_front("run") if stretch else space
         begins = np.array(starts, np.int32)
         return np.array(ids, np.int32), begins, begins >= np.array([0, *ends[:-1]][: len(ends)], np.int32)
 

@@ -13,8 +13,6 @@ Deliberate differences from the vendor's template, by name:
 - `line_feeds_of_marks`: one line feed of the data right beside the place of a picture is not written again;
 - `all_texts`: Mistral's template keeps the first text of system and assistant turns only and drops their pictures; here
   all of them are kept;
-- `spaces_in_front`: a tokenizer that puts a space in front of the whole text only (`prepend_scheme: first`) puts one in
-  front of each text between control tokens here, as those that say `always` do;
 - tools: neither form has any, so such samples are left out (`Drop` TOOL_FORM).
 
 Training: assistant text, the space before it and its `</s>` are targets. The space is: tokenizers of this kind join it
