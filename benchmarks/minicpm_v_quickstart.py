@@ -31,8 +31,8 @@ TUNE: dict[str, list[str]] = {
 
 def random_model(folder: Path, texts: list[str]) -> None:
     """About a million parameters; bfloat16 on disk, as the published one."""
-    turns = [f"<用户>{t}" for t in texts[:2000]] + [f"<AI>{t}" for t in texts[:2000]]
-    ids = base.make_tokenizer(folder, [*texts, *turns], CONTROL)
+    ids = base.make_tokenizer(folder, [*texts, *["用户", "AI"] * 2000], CONTROL)
+    apart(folder / "tokenizer.json")
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         (folder / name).unlink()
     config: dict[str, Any] = {
@@ -57,8 +57,16 @@ def random_model(folder: Path, texts: list[str]) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids["</s>"], "pad_token_id": 0}))
 
 
-def main(folder: Path) -> None:
-    model = base.make(folder / "base", random_model)
+def apart(file: Path) -> None:
+    """`<` and `>` are tokens of their own, as in the published tokenizer: `<AI>` does not grow into the answer."""
+    parsed = json.loads(file.read_text(encoding="utf-8"))
+    steps = parsed["pre_tokenizer"]["pretokenizers"]
+    steps.insert(0, {"type": "Split", "pattern": {"Regex": "[<>]"}, "behavior": "Isolated", "invert": False})
+    file.write_text(json.dumps(parsed, ensure_ascii=False), encoding="utf-8")
+
+
+def questions(folder: Path, model: Path) -> None:
+    """Both ways of tuning, and what they answer."""
     found: dict[str, Any] = {}
     for name, changes in TUNE.items():
         out = folder / name
@@ -72,6 +80,10 @@ def main(folder: Path) -> None:
         outcome = train(run, [*changes, "precision.preset=bf16"], terminal=Terminal("quiet"))
         found[name] = outcome.summary["heldout"]
         print(json.dumps({name: found[name]}), flush=True)
+
+
+def main(folder: Path) -> None:
+    questions(folder, base.make(folder / "base", random_model))
 
 
 if __name__ == "__main__":

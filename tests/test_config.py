@@ -346,7 +346,7 @@ def test_contradictions(text: str, where: str, problem: str) -> None:
     [
         "train: {epochs: 0}", "train: {epochs: null, max_steps: 0}", "batch: {samples: 0}", "batch: {samples: -1}",
         "save: {keep_last: 0}", "schedule: {kind: cosine, warmup: 1.5}", "optimizer: {eps: 0}", "train: {clip_norm: 0}",
-        "tune: {kind: lora, dropout: 1}", "tune: {kind: lora, alpha: 0}", "precision: {preset: fp16}",
+        "tune: {kind: lora, dropout: 1}", "tune: {kind: lora, alpha: 0}", "precision: {preset: fp8}",
     ],
 )  # fmt: skip
 def test_values_out_of_range(text: str) -> None:
