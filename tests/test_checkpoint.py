@@ -521,7 +521,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "precision.preset": {"precision": {"preset": "bf16"}},
     "data.max_tokens": {"data": {"max_tokens": 400}},
     "data.too_long": {"data": {"too_long": "cut"}},
-    "pixels": {"data": {"max_pixels": 12544}},
+    "family.pixels": {"data": {"max_pixels": 12544}},
 }
 
 

@@ -429,6 +429,33 @@ def test_weights_of_the_checkpoint_stand_in(
     assert json.loads(capsys.readouterr().out.splitlines()[0])["weights"] == "as they were"
 
 
+def test_the_only_sample_of_a_step_is_not_blamed(
+    family: str, base: Path, data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Weights overflow with every sample; a step of one has no other to compare with."""
+    faults.plant(monkeypatch, family, data, before_step=faults.huge_weight)
+    out = runs.quiet_train(faults.run_of(tmp_path / "run", base, data, batch={"samples": 1}))
+    found = faults.incidents(tmp_path / "run")
+    assert {i["cause"] for i in found} == {"forward_overflow"} and all(i["samples"] == [] for i in found)
+    assert all(i["every_sample"] for i in found) and out.summary["guard"]["excluded"] == 0
+
+
+def test_an_incident_that_cannot_be_written_is_said(
+    family: str, base: Path, data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The disk is full: the step is answered all the same."""
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(incident_module, "_fill", full)
+    faults.plant(monkeypatch, family, data, at_build=faults.inf_gradient)
+    runs.quiet_train(faults.run_of(tmp_path / "run", base, data))
+    events = faults.records(tmp_path / "run", "event")
+    assert [e["why"] for e in events if e["name"] == "incident_lost"] == ["No space left on device"]
+    assert [r["applied"] for r in faults.records(tmp_path / "run")].count(False) == 1
+
+
 def test_a_replay_that_finds_something_else_says_so(
     family: str, base: Path, data: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import all_families
 import pytest
 import runs
 import tiny
@@ -103,7 +104,7 @@ def test_a_compensated_parameter_holds_16_bits() -> None:
 
 
 @pytest.mark.parametrize("moments", [FULL, HALF], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("update", ["plain", *LEAN])
+@pytest.mark.parametrize("update", ["plain", "masters", *LEAN])
 def test_a_saved_state_goes_on_to_the_same_bits(update: Any, moments: torch.dtype) -> None:
     keep = Keep(update, FULL if update == "plain" else HALF, moments=moments)
     start = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
@@ -116,8 +117,10 @@ def test_a_saved_state_goes_on_to_the_same_bits(update: Any, moments: torch.dtyp
     other = nn.Parameter(torch.zeros_like(start))
     c = adam(other, keep, lr=1e-3)
     c.load_tensors(saved)
+    assert torch.equal(other, first)
     stepped(c, other, range(5, 12))
-    assert torch.equal(whole, other)
+    c.load_tensors({k: v.clone() for k, v in c.tensors().items()})
+    assert torch.equal(whole, other)  # the parameters themselves, not only what they are made of
     for key, value in a.tensors().items():
         assert torch.equal(value, c.tensors()[key]), key
 
@@ -279,6 +282,45 @@ def test_contradictions_are_refused(case: str) -> None:
     with pytest.raises(ConfigError, match="PRECISION") as caught:
         precision.plan(Precision(preset="bf16", parts=parts), CPU, HALF)  # type: ignore[arg-type]
     assert said in str(caught.value)
+
+
+def test_float16_in_any_part_has_a_loss_scale() -> None:
+    half = {"parameters": "float16", "compute": "float16"}
+    for options in (Precision(preset="fp16"), Precision(preset="fp32", parts={"vision": half})):  # type: ignore[dict-item]
+        assert precision.plan(options, CPU, HALF).loss_scale
+    assert not precision.plan(Precision(preset="bf16"), CPU, HALF).loss_scale
+
+
+def test_the_head_of_a_tied_model_has_no_types_of_its_own(tmp_path: Path, half: Path, chat: Path) -> None:
+    over = {"preset": "bf16", "parts": {"head": {"saved": "float32"}}}
+    with pytest.raises(ConfigError, match="the head of this model is its embedding"):
+        built(tmp_path / "run", half, chat, precision=over)
+
+
+WIDE = {"parameters": "float32", "compute": "float32"}
+
+
+@pytest.mark.parametrize("name", all_families.MAKERS)
+@pytest.mark.parametrize("part", ["vision", "projector"])
+def test_a_float32_part_in_a_bfloat16_model(tmp_path: Path, chat: Path, name: str, part: str) -> None:
+    """In every family, whatever modules it calls: what comes in is widened, what goes out fits the next part."""
+    base = all_families.make(tmp_path / "model", name, HALF)
+    over = {"data": {"max_tokens": 4096}, "batch": {"device_tokens": 4096}, "tune": {"kind": "lora", "rank": 2}}
+    run = runs.located(tmp_path / "run", base, chat, precision={"preset": "bf16", "parts": {part: WIDE}}, **over)
+    prepared = prepare(run, Terminal("quiet"))
+    b = build(prepared)
+    check_borders(prepared, b.root, b.precision)
+    seen: dict[str, set[torch.dtype]] = {}
+
+    def note(name: str) -> Any:
+        return lambda module, args, out: seen.setdefault(b.root.family.part_of(f"{name}.weight"), set()).add(out.dtype)
+
+    for module_name, module in b.tuned.model.named_modules():
+        if isinstance(module, nn.Linear) and "lora" not in module_name:
+            module.register_forward_hook(note(module_name))
+    loss, _ = b.root(probe_row(prepared))["loss"]
+    assert loss.isfinite()
+    assert all(types == ({FULL} if p == part else {HALF}) for p, types in seen.items()), seen
 
 
 # --- borders ----------------------------------------------------------------------------------------------------------

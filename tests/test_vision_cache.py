@@ -234,6 +234,21 @@ def state_of(outcome: Any) -> bytes:
     return (Path(outcome.summary["checkpoint"]) / "state" / "training.safetensors").read_bytes()
 
 
+def test_features_on_disk_are_of_one_compute_type(tmp_path: Path, qwen25: Path, chat: Path) -> None:
+    """A tower in bfloat16 fills the cache; one in float32 with the same weights does not take its features."""
+
+    def first_loss(name: str, compute: str, folder: str) -> float:
+        parts = {part: {"compute": compute} for part in ("vision", "projector")}
+        cache = {"disk_mb": 50, "folder": str(tmp_path / folder)}
+        over = {"tune": {"kind": "lora"}, "precision": {"preset": "fp32", "parts": parts}, "vision_cache": cache}
+        run = runs.located(tmp_path / name, qwen25, chat, train={"max_steps": 1}, **over)
+        return runs.quiet_train(run).summary["losses"][0]
+
+    alone = first_loss("alone", "float32", "own")
+    assert first_loss("half", "bfloat16", "shared") != alone
+    assert first_loss("after", "float32", "shared") == alone
+
+
 def test_each_picture_is_encoded_once_in_three_epochs(
     tmp_path: Path, qwen25: Path, chat: Path, monkeypatch: Any
 ) -> None:
@@ -246,6 +261,7 @@ def test_each_picture_is_encoded_once_in_three_epochs(
         return encode(self, model, pixels, grids, views)
 
     monkeypatch.setattr(QwenVL, "encode_images", counted)
+    monkeypatch.setattr(stage, "check_borders", lambda *args: None)  # it shows a picture of its own
     for name in ("memory", "disk", "tiny", "tiny+disk"):
         counts.clear()
         cache = mode(name, tmp_path / f"cache-{name}", monkeypatch)

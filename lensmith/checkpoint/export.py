@@ -130,7 +130,10 @@ def write_adapter(
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = {n: t.detach().to(dtype).cpu().contiguous() for n, t in get_peft_model_state_dict(peft).items()}
+    state = {
+        n: t.detach().to(dtype).cpu().contiguous()
+        for n, t in get_peft_model_state_dict(peft, save_embedding_layers=False).items()
+    }
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = peft.peft_config["default"]
     before = (config.base_model_name_or_path, config.inference_mode, config.revision)

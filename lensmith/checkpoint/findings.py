@@ -14,7 +14,7 @@ from lensmith.checkpoint.headers import Contents, Tensor
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 WEIGHT_PICKLES = ("pytorch_model", "model", "adapter_model", "consolidated")
-_LAYER = re.compile(r"((?:.+?\.)?(?:layers|blocks))\.(\d+)\.(.+)")
+_LAYER = re.compile(r"((?:.+?\.)?(?:layers?|blocks))\.(\d+)\.(.+)")
 SHOWN = 5
 
 
@@ -311,12 +311,14 @@ def _layers(names: list[str], part: str, config: dict[str, Any]) -> list[Finding
     prefix = max(stacks, key=lambda p: len(stacks[p]))
     layers, found = stacks[prefix], list[Finding]()
     count = config.get("num_hidden_layers") or config.get("depth")
-    wanted = set(range(count)) if isinstance(count, int) else set(layers)
+    known = isinstance(count, int)
+    wanted = set(range(count if known else max(layers) + 1))
     if missing := sorted(wanted - set(layers)):
+        of = f"the {count} layers of the config" if known else f"{max(layers) + 1} layers"
         found.append(
             error(
                 "LAYERS",
-                f"{prefix}: of the {count} layers of the config {_ranges(missing)} are missing",
+                f"{prefix}: of {of} {_ranges(missing)} are missing",
                 "transformers fills them with random numbers",
                 "use another checkpoint",
             )

@@ -126,8 +126,9 @@ def check_whole(found: Inspection) -> None:
 def _disk(error: OSError, names: Names) -> RunError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     free = f"; {shutil.disk_usage(names.folder.parent).free >> 20:,} MiB are free" if full else ""
+    remedy = "make room" if full else f"look at {error.filename or names.staging}: its kind and its permissions"
     return RunError("REPAIR", f"the repaired folder could not be written: {error.strerror}{free}",
-                    where=str(names.staging), remedy="make room; the folder is as it was")  # fmt: skip
+                    where=str(names.staging), remedy=f"{remedy}; the folder is as it was")  # fmt: skip
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

@@ -191,9 +191,10 @@ def _backward(scene: Scene, fault: _Fault) -> Finding:
 
 
 def _bisect(scene: Scene, fault: _Fault, found: Finding) -> None:
-    """Each sample of the row alone. If all of them are bad, one of another row tells whether any sample would be."""
+    """Each sample of the row alone. If all of them are bad, one of another row tells whether any sample would be. The
+    only sample of a step is compared with none: it is at fault only if what came in was bad."""
     members = list(fault.row.members)
-    if len(members) == 1 and len(scene.rows) == 1:
+    if len(members) == 1 and len(scene.rows) == 1 and found.cause in ("bad_input", "no_targets"):
         found.samples = members
         return
     bad = [m for m in members if _is_bad(scene, fault, m)]

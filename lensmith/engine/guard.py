@@ -38,6 +38,12 @@ class History:
     named: list[list[int]] = field(default_factory=list[list[int]])
     """[sample, number of the step from 0] for each sample that was found at fault."""
 
+    def with_all_of(self, other: History) -> History:
+        """What either of two records of one run knows: each has been written at another time."""
+        largest = {k: max(getattr(self, k), getattr(other, k)) for k in ("incidents", "skipped", "transient", "spikes")}
+        roll_backs = max(self.roll_backs, other.roll_backs, key=len)
+        return History(**largest, roll_backs=roll_backs, named=max(self.named, other.named, key=len))
+
     def times(self, sample: int) -> int:
         """Steps in which a sample was at fault."""
         return len({step for other, step in self.named if other == sample})
@@ -78,11 +84,10 @@ def read_flags(values: Sequence[float]) -> Flags:
 def bad_state(optimizer: MasterAdamW) -> list[str]:
     """Names (`param/NAME`, `exp_avg/NAME`, ...) in the training state that are not finite. One reduction and one read
     where all are."""
-    tensors = {k: v for k, v in optimizer.tensors().items() if v.is_floating_point() and v.numel()}
-    found = [extremes(v) for v in tensors.values()]
+    found = [extremes(v) for _, v in optimizer.items() if v.is_floating_point() and v.numel()]
     if not found or is_finite(torch.stack([v.to(found[0].device) for v in found])):
         return []
-    return [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    return [name for name, tensor in optimizer.items() if tensor.is_floating_point() and not is_finite(tensor)]
 
 
 def to_exclude(rule: Guard, history: History, excluded: dict[int, int]) -> list[int]:

@@ -187,7 +187,9 @@ class Loop:
     def _watch(self, number: int) -> Watch | None:
         every = self.guard.watch_every
         due = self.rescue is not None and every > 0 and number % every == 0
-        return Watch(self.rescue.model, self.optimizer, self.part_of) if due and self.rescue is not None else None
+        if not due or self.rescue is None:
+            return None
+        return Watch(self.rescue.model, self.optimizer, self.part_of, activations=not self.train.compile)
 
     def _check_due(self, done: int) -> bool:
         return self.guard.check_every > 0 and done % self.guard.check_every == 0

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,10 +89,11 @@ class MasterAdamW:
             p.grad_dtype = self.keep[name].gradients
 
     def gradients(self) -> list[tuple[str, torch.Tensor]]:
-        """(name, gradient) of everything that has one; those of masters move to them."""
+        """(name, gradient) of everything that has one; those of masters move to them, onto what is there."""
         for name, p in self.named:
             if self._has_master(name) and p.grad is not None:
-                self.master[name].grad = p.grad.float()
+                before = self.master[name].grad
+                self.master[name].grad = p.grad.float() if before is None else before.add_(p.grad)
                 p.grad = None
         return [(n, g) for n, _ in self.named if (g := self.master[n].grad) is not None]
 
@@ -122,20 +123,19 @@ class MasterAdamW:
         """Learning rate of the last update per part."""
         return {own.part: own.rate for own in self.groups}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def items(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The training state by parameter name: `param/NAME` in float32 and its moments; by name, so that another
-        engine, precision or rank count can take it up."""
-        out: dict[str, torch.Tensor] = {}
+        engine, precision or rank count can take it up. One tensor at a time: the float32 value of a lean parameter is
+        made for the moment that it is looked at."""
         for name, _ in self.named:
-            tensor = self.master[name]
-            if self.keep[name].lean:
-                out[f"param/{name}"] = self.lean.value(name, tensor)
-                state = self.lean.state[name].moments()
-            else:
-                out[f"param/{name}"] = tensor.detach()
-                state = self.torch.state.get(tensor, {})
-            out |= {f"{key}/{name}": value.detach() for key, value in state.items()}
-        return out
+            tensor, lean = self.master[name], self.keep[name].lean
+            yield f"param/{name}", self.lean.value(name, tensor) if lean else tensor.detach()
+            state = self.lean.state[name].moments() if lean else self.torch.state.get(tensor, {})
+            yield from ((f"{key}/{name}", value.detach()) for key, value in state.items())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of `items` at once."""
+        return dict(self.items())
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take up what `tensors` gave, as far as it is there. Names and shapes were checked by the caller."""
@@ -148,11 +148,11 @@ class MasterAdamW:
                 state = {k: v.to(target.device) for k in MOMENTS if (v := tensors.get(f"{k}/{name}")) is not None}
                 if self.keep[name].lean:
                     self.lean.load(name, target, value, state)
-                    continue
-                target.copy_(value)
+                else:
+                    target.copy_(value)
                 if self._has_master(name):
                     p.copy_(target)
-                if state:  # fused AdamW wants its step count on the parameter's device too
+                if state and not self.keep[name].lean:  # fused AdamW wants its step count on the parameter's device too
                     self.torch.state[target] = {k: v.to(torch.float32, copy=True) for k, v in state.items()}
 
 

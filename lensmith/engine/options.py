@@ -164,7 +164,7 @@ class Guard(Part):
     """Log the largest activation and the size of the update for every part, each so many steps. 0: never."""
     check_every: int = Field(default=50, ge=0)
     """Look through weights and moments each so many steps, and before every save. 0: only before saves."""
-    keep: int = Field(default=20, ge=0)
+    keep: int = Field(default=20, ge=1)
     """Newest incident folders that are kept."""
     dump_mb: int = Field(default=256, ge=0)
     """Largest size of an incident's tensors, in MB. What does not fit is left to the last checkpoint."""

@@ -111,7 +111,7 @@ class Rescuer:
             frozen=frozen,
         )  # fmt: skip
         if self.rescue is not None:
-            self.rescue.record(incident)
+            self._record(incident, self.rescue)
             self.rescue.keep(p)
         if incident.action == "stop":
             raise self._stopped(incident, incident.why)
@@ -120,6 +120,14 @@ class Rescuer:
             return True
         self._exclude(to_exclude(self.rule, history, p.excluded), p.step)
         return False
+
+    def _record(self, incident: Incident, rescue: Rescue) -> None:
+        """What cannot be written is said; the step is answered all the same."""
+        try:
+            rescue.record(incident)
+        except OSError as error:
+            about = {"step": self.first_step + incident.step, "cause": incident.finding.cause}
+            self.event("incident_lost", about | {"why": error.strerror or str(error)})
 
     def _exclude(self, samples: list[int], step: int) -> None:
         if samples and self.rescue is not None and self.rescue.restart is not None:

@@ -21,7 +21,7 @@ from lensmith.engine.progress import Progress
 def write_state(folder: Path, optimizer: MasterAdamW, progress: Progress) -> None:
     """`training.safetensors`, `random.safetensors` and `progress.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.cpu().contiguous() for k, v in optimizer.tensors().items()}
+    tensors = {k: v.cpu().contiguous() for k, v in optimizer.items()}
     bad = [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]
     if bad:
         raise RunError(

@@ -121,7 +121,13 @@ def gradient_norms(optimizer: MasterAdamW, part_of: Callable[[str], str]) -> dic
     by_part: dict[str, list[torch.Tensor]] = {}
     for name, grad in optimizer.gradients():
         by_part.setdefault(part_of(name), []).append(grad)
-    return {part: get_total_norm(grads).float() for part, grads in by_part.items()}
+    return {part: _norm(grads) for part, grads in by_part.items()}
+
+
+def _norm(grads: list[torch.Tensor]) -> torch.Tensor:
+    if all(g.dtype == torch.float32 for g in grads):
+        return get_total_norm(grads)
+    return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).square().sum().sqrt()
 
 
 def _read(

@@ -22,10 +22,13 @@ class Watch:
     """Made before a step and asked behind it. Modules without children are hooked meanwhile; nothing is read from the
     device before `figures`."""
 
-    def __init__(self, model: nn.Module, optimizer: MasterAdamW, part_of: Callable[[str], str]):
+    def __init__(
+        self, model: nn.Module, optimizer: MasterAdamW, part_of: Callable[[str], str], *, activations: bool = True
+    ):
+        """`activations` False: compiled blocks do not call hooks, and the rest alone would look like a fall."""
         self._optimizer, self._part_of = optimizer, part_of
         self._largest: dict[str, list[torch.Tensor]] = {}
-        leaves = [(n, m) for n, m in modules(model) if not list(m.children())]
+        leaves = [(n, m) for n, m in modules(model) if activations and not list(m.children())]
         self._handles: list[Any] = [m.register_forward_hook(self._hook(part_of(f"{n}.weight"))) for n, m in leaves]
         self._before = self._parameters()
 

@@ -25,7 +25,6 @@ Training: the model's text and its `<end_of_turn>` are targets; headers, images 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -38,6 +37,8 @@ from lensmith.core.sample import Conversation, Image, Message, Part, Text, Video
 from lensmith.data.encode import Film, Picture, Piece, Placed, Run, Template
 from lensmith.data.media import VideoLimits
 from lensmith.family.base import Grid, Packing, PartName, PixelSettings, VideoSettings, View
+from lensmith.family.layout import LLAMA_LINEARS, SIGLIP_LINEARS, LaidOut, Layout
+from lensmith.model.loading import Loading
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lensmith.model.attention import AttentionPlan
-    from lensmith.model.loading import Loading
 
 TAGS = (
     "table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote",
@@ -76,7 +76,7 @@ class PanAndScan:
 
 
 @dataclass(frozen=True)
-class Gemma3:
+class Gemma3(LaidOut):
     """`side`: pixels of every shown picture, whose shape is not kept."""
 
     pixels: PixelSettings
@@ -103,6 +103,17 @@ class Gemma3:
     )  # fmt: skip
     """Added tokens of these tokenizers that are no control tokens."""
     packing: ClassVar[Packing] = "own_mask"
+    layout: ClassVar[Layout] = Layout(
+        projector=r"multi_modal_projector\.",
+        vision=r"vision_tower\.",
+        vision_blocks="model.vision_tower.encoder.layers",
+        language_blocks="model.language_model.layers",
+        lora={
+            "language": rf".*language_model\.layers\.\d+\.{LLAMA_LINEARS}",
+            "vision": rf".*vision_tower\.encoder\.layers\.\d+\.{SIGLIP_LINEARS}",
+        },
+    )
+    loading: ClassVar[Loading] = Loading(layer_kinds=frozenset(MASKS))
 
     # -- rendering ----------------------------------------------------------------------------------------------
 
@@ -177,37 +188,12 @@ class Gemma3:
 
     # -- model --------------------------------------------------------------------------------------------------
 
-    @property
-    def loading(self) -> Loading:
-        from lensmith.model.loading import Loading
-
-        return Loading(layer_kinds=frozenset(MASKS))
-
-    def part_of(self, name: str) -> PartName:
-        if re.search(r"(^|\.)multi_modal_projector\.", name):
-            return "projector"
-        if re.search(r"(^|\.)vision_tower\.", name):
-            return "vision"
-        if re.search(r"(^|\.)lm_head\.", name):
-            return "head"
-        return "embeddings" if ".embed_tokens." in name else "language"
-
-    def blocks(self, model: nn.Module, part: PartName) -> Sequence[nn.Module]:
-        inner: Any = model
-        if part == "vision":
-            return list(inner.model.vision_tower.encoder.layers)
-        return list(inner.model.language_model.layers) if part == "language" else []
-
     def lora_pattern(self, parts: Sequence[PartName]) -> str:
         """Raises `ConfigError` for the projector, which is one matrix and no linear layer."""
         if "projector" in parts:
             raise ConfigError("TUNE", "the projector of gemma3 is a matrix that LoRA cannot adapt",
                               remedy="leave projector out of tune.parts, or train it with tune: freeze")  # fmt: skip
-        patterns = {
-            "language": r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
-            "vision": r".*vision_tower\.encoder\.layers\.\d+\.(self_attn\.([qkv]|out)_proj|mlp\.fc[12])",
-        }
-        return "|".join(f"({patterns[p]})" for p in parts if p in patterns)
+        return super().lora_pattern(parts)
 
     def feature_width(self, config: Mapping[str, Any], mode: Literal["projector", "frozen"]) -> int:
         """Values of one image token; before the projector, of the tower (pooled: pooling trains nothing)."""
@@ -391,7 +377,7 @@ def from_config(
         preprocessor.get("pan_and_scan_min_ratio_to_activate") or 1.2,
     )
     shown = pan if preprocessor.get("do_pan_and_scan") else None
-    return Gemma3(pixels, side, preprocessor.get("resample") or 2, shown)
+    return Gemma3(pixels, side, preprocessor.get("resample", 2), shown)
 
 
 DEFAULT_SYSTEM: dict[str, str | None] = {"gemma3": None}

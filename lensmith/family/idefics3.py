@@ -18,7 +18,6 @@ with the first word, and what a model is asked to go on from ends with `Assistan
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
@@ -31,7 +30,8 @@ from lensmith.core.errors import Drop, ModelError
 from lensmith.core.sample import Conversation, Image, Message, Text, Video
 from lensmith.data.encode import Film, Picture, Piece, Placed, Run, Template
 from lensmith.data.media import VideoLimits
-from lensmith.family.base import Grid, Packing, PartName, PixelSettings, VideoSettings, View
+from lensmith.family.base import Grid, Packing, PixelSettings, VideoSettings, View
+from lensmith.family.layout import LLAMA_LINEARS, SIGLIP_LINEARS, LaidOut, Layout
 from lensmith.family.tiles import Held, decode, straight_positions, tile_patches, tile_values
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lensmith.model.loading import Loading
 
 LARGEST = 4096
 LANCZOS = 1
@@ -50,7 +49,7 @@ ENDS_OF_DOCUMENTS = {"<|im_start|>": "<|endoftext|>", "<|begin_of_text|>": "<|en
 
 
 @dataclass(frozen=True)
-class Idefics3:
+class Idefics3(LaidOut):
     """`start`: the first token of a conversation. `side`: of a tile in pixels. `longest`: to which the longer side of a
     picture is resized first. `shuffle`: a token is so many patches by so many. `split`: whether pictures are cut up."""
 
@@ -70,6 +69,17 @@ class Idefics3:
     video_token: ClassVar[str | None] = None
     turn_end: ClassVar[str] = END
     packing: ClassVar[Packing] = "segments"
+    layout: ClassVar[Layout] = Layout(
+        projector=r"connector\.",
+        vision=r"vision_model\.",
+        vision_blocks="model.vision_model.encoder.layers",
+        language_blocks="model.text_model.layers",
+        lora={
+            "language": rf".*text_model\.layers\.\d+\.{LLAMA_LINEARS}",
+            "vision": rf".*vision_model\.encoder\.layers\.\d+\.{SIGLIP_LINEARS}",
+            "projector": r".*connector\.modality_projection\.proj",
+        },
+    )
 
     @property
     def start_of_document(self) -> str:
@@ -191,37 +201,6 @@ class Idefics3:
         return straight_positions(len(kind_L))
 
     # -- model --------------------------------------------------------------------------------------------------
-
-    def part_of(self, name: str) -> PartName:
-        if re.search(r"(^|\.)connector\.", name):
-            return "projector"
-        if re.search(r"(^|\.)vision_model\.", name):
-            return "vision"
-        if re.search(r"(^|\.)lm_head\.", name):
-            return "head"
-        return "embeddings" if ".embed_tokens." in name else "language"
-
-    def blocks(self, model: nn.Module, part: PartName) -> Sequence[nn.Module]:
-        """The repeated layers of a part, in forward order (freeze by layers, recomputation, compile)."""
-        inner: Any = model
-        if part == "vision":
-            return list(inner.model.vision_model.encoder.layers)
-        return list(inner.model.text_model.layers) if part == "language" else []
-
-    def lora_pattern(self, parts: Sequence[PartName]) -> str:
-        """A full-match pattern for the linear layers of `parts`."""
-        patterns = {
-            "language": r".*text_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
-            "vision": r".*vision_model\.encoder\.layers\.\d+\.(self_attn\.([qkv]|out)_proj|mlp\.fc[12])",
-            "projector": r".*connector\.modality_projection\.proj",
-        }
-        return "|".join(f"({patterns[p]})" for p in parts if p in patterns)
-
-    @property
-    def loading(self) -> Loading:
-        from lensmith.model.loading import Loading
-
-        return Loading()
 
     def feature_width(self, config: Mapping[str, Any], mode: Literal["projector", "frozen"]) -> int:
         """Values of one image token; before the projector, those of its patches."""

@@ -17,7 +17,6 @@ Training: assistant text and its `<|im_end|>` are targets; role headers, images 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -30,20 +29,20 @@ from lensmith.core.errors import Drop, ModelError
 from lensmith.core.sample import Conversation, Image, Message, Text, Video
 from lensmith.data.encode import Film, Picture, Piece, Placed, Run, Template
 from lensmith.data.media import VideoLimits
-from lensmith.family.base import Grid, Packing, PartName, PixelSettings, VideoSettings, View
+from lensmith.family.base import Grid, Packing, PixelSettings, VideoSettings, View
+from lensmith.family.layout import LLAMA_LINEARS, LaidOut, Layout
 
 if TYPE_CHECKING:
     import PIL.Image
     import torch
     from torch import nn
 
-    from lensmith.model.loading import Loading
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class InternVL:
+class InternVL(LaidOut):
     """`side`: pixels of a tile; `tiles`: the fewest and the most that a picture is cut into, the whole one apart."""
 
     pixels: PixelSettings
@@ -65,6 +64,17 @@ class InternVL:
         "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<img>", "</img>", "<IMG_CONTEXT>",
     )  # fmt: skip
     packing: ClassVar[Packing] = "segments"
+    layout: ClassVar[Layout] = Layout(
+        projector=r"multi_modal_projector\.",
+        vision=r"vision_tower\.",
+        vision_blocks="model.vision_tower.encoder.layer",
+        language_blocks="model.language_model.layers",
+        lora={
+            "language": rf".*language_model\.layers\.\d+\.{LLAMA_LINEARS}",
+            "vision": r".*vision_tower\.encoder\.layer\.\d+\.(attention\.([qkv]_proj|projection_layer)|mlp\.fc[12])",
+            "projector": r".*multi_modal_projector\.linear_[12]",
+        },
+    )
 
     # -- rendering ----------------------------------------------------------------------------------------------
 
@@ -124,35 +134,6 @@ class InternVL:
         return np.tile(np.arange(len(kind_L), dtype=np.int32), (3, 1))
 
     # -- model --------------------------------------------------------------------------------------------------
-
-    @property
-    def loading(self) -> Loading:
-        from lensmith.model.loading import Loading
-
-        return Loading()
-
-    def part_of(self, name: str) -> PartName:
-        if re.search(r"(^|\.)multi_modal_projector\.", name):
-            return "projector"
-        if re.search(r"(^|\.)vision_tower\.", name):
-            return "vision"
-        if re.search(r"(^|\.)lm_head\.", name):
-            return "head"
-        return "embeddings" if ".embed_tokens." in name else "language"
-
-    def blocks(self, model: nn.Module, part: PartName) -> Sequence[nn.Module]:
-        inner: Any = model
-        if part == "vision":
-            return list(inner.model.vision_tower.encoder.layer)
-        return list(inner.model.language_model.layers) if part == "language" else []
-
-    def lora_pattern(self, parts: Sequence[PartName]) -> str:
-        patterns = {
-            "language": r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
-            "vision": r".*vision_tower\.encoder\.layer\.\d+\.(attention\.([qkv]_proj|projection_layer)|mlp\.fc[12])",
-            "projector": r".*multi_modal_projector\.linear_[12]",
-        }
-        return "|".join(f"({patterns[p]})" for p in parts if p in patterns)
 
     def feature_width(self, config: Mapping[str, Any], mode: Literal["projector", "frozen"]) -> int:
         """Values of one image token; before the projector, of the patches that it is made of."""
@@ -272,7 +253,7 @@ def from_config(
         std=(red_std, green_std, blue_std),
     )
     tiles = preprocessor.get("min_patches") or 1, preprocessor.get("max_patches") or 12
-    return InternVL(pixels, default_system, side, tiles, preprocessor.get("resample") or 3)
+    return InternVL(pixels, default_system, side, tiles, preprocessor.get("resample", 3))
 
 
 DEFAULT_SYSTEM: dict[str, str | None] = {"internvl": None}

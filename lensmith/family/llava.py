@@ -20,7 +20,8 @@ from lensmith.core.errors import ModelError
 from lensmith.core.sample import Conversation, Image, Video
 from lensmith.data.encode import Piece, Placed
 from lensmith.data.media import VideoLimits
-from lensmith.family.base import Grid, Packing, PartName, PixelSettings, VideoSettings, View
+from lensmith.family.base import Grid, Packing, PixelSettings, VideoSettings, View
+from lensmith.family.layout import LLAMA_LINEARS, SIGLIP_LINEARS, LaidOut, Layout
 from lensmith.family.llava_chat import END, Form, media, render
 from lensmith.family.tiles import decode, straight_positions, tile_patches, tile_values
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lensmith.model.loading import Loading
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -37,7 +37,7 @@ BICUBIC = 3
 
 
 @dataclass(frozen=True)
-class Llava:
+class Llava(LaidOut):
     """`side` is the tower's square in pixels. `shortest`: LLaVA-1.5 resizes the shorter side to it and cuts the middle
     out; None, it resizes both sides to `side`. `squared`: it first pads to a square. `pinpoints`: (height, width) of
     the areas that LLaVA-NeXT fits a picture into. `layers`: of which hidden states of the tower the features are made;
@@ -65,6 +65,17 @@ class Llava:
     turn_end: ClassVar[str] = END
     control_tokens: ClassVar[tuple[str, ...]] = ("<s>", END, "<image>")
     packing: ClassVar[Packing] = "segments"
+    layout: ClassVar[Layout] = Layout(
+        projector=r"multi_modal_projector\.|image_newline$",  # image_newline ends the rows of LLaVA-NeXT
+        vision=r"vision_tower\.",
+        vision_blocks="model.vision_tower.encoder.layers",
+        language_blocks="model.language_model.layers",
+        lora={
+            "language": rf".*language_model\.layers\.\d+\.{LLAMA_LINEARS}",
+            "vision": rf".*vision_tower\..*layers\.\d+\.{SIGLIP_LINEARS}",
+            "projector": r".*multi_modal_projector\.linear_[12]",
+        },
+    )
 
     # -- rendering ----------------------------------------------------------------------------------------------
 
@@ -159,38 +170,6 @@ class Llava:
         return straight_positions(len(kind_L))
 
     # -- model --------------------------------------------------------------------------------------------------
-
-    def part_of(self, name: str) -> PartName:
-        """The part a parameter belongs to; `image_newline`, which ends LLaVA-NeXT's rows, is of the projector."""
-        if re.search(r"(^|\.)(multi_modal_projector\.|image_newline$)", name):
-            return "projector"
-        if re.search(r"(^|\.)vision_tower\.", name):
-            return "vision"
-        if re.search(r"(^|\.)lm_head\.", name):
-            return "head"
-        return "embeddings" if ".embed_tokens." in name else "language"
-
-    def blocks(self, model: nn.Module, part: PartName) -> Sequence[nn.Module]:
-        """The repeated layers of a part, in forward order (freeze by layers, recomputation, compile)."""
-        inner: Any = model
-        if part == "vision":
-            return list(inner.model.vision_tower.encoder.layers)
-        return list(inner.model.language_model.layers) if part == "language" else []
-
-    def lora_pattern(self, parts: Sequence[PartName]) -> str:
-        """A full-match pattern for the linear layers of `parts`."""
-        patterns = {
-            "language": r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
-            "vision": r".*vision_tower\..*layers\.\d+\.(self_attn\.([qkv]|out)_proj|mlp\.fc[12])",
-            "projector": r".*multi_modal_projector\.linear_[12]",
-        }
-        return "|".join(f"({patterns[p]})" for p in parts if p in patterns)
-
-    @property
-    def loading(self) -> Loading:
-        from lensmith.model.loading import Loading
-
-        return Loading()
 
     def feature_width(self, config: Mapping[str, Any], mode: Literal["projector", "frozen"]) -> int:
         """Values of one image token; before the projector, those of the tower's chosen layers."""

@@ -27,7 +27,6 @@ trains. Adapters fit on the resampler's `kv_proj` and `attn.out_proj`; its query
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -38,9 +37,11 @@ from lensmith.core.encoded import ImageBlock
 from lensmith.core.errors import Drop, ModelError
 from lensmith.core.sample import Conversation, Image, Message, Part, Text, Video
 from lensmith.data.encode import Film, Picture, Piece, Placed, Run, Template
-from lensmith.family.base import Grid, Packing, PartName, PixelSettings, VideoSettings, View
+from lensmith.family.base import Grid, Packing, PixelSettings, VideoSettings, View
+from lensmith.family.layout import LLAMA_LINEARS, LaidOut, Layout
 from lensmith.family.minicpm_v4_slices import Slicing
 from lensmith.family.tiles import straight_positions
+from lensmith.model.loading import Loading
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lensmith.data.media import VideoLimits
-    from lensmith.model.loading import Loading
 
 USER, ASSISTANT = "<用户>", "<AI>"
 NEEDED = (
@@ -59,7 +59,7 @@ NEEDED = (
 
 
 @dataclass(frozen=True)
-class MiniCPMV2:
+class MiniCPMV2(LaidOut):
     """`queries`: tokens of a slice. `tower_width`: values of a patch behind the tower."""
 
     pixels: PixelSettings
@@ -78,6 +78,18 @@ class MiniCPMV2:
     turn_end: ClassVar[str] = "</s>"
     control_tokens: ClassVar[tuple[str, ...]] = ("<unk>", "<s>", "</s>", "<image>", "</image>", "<slice>", "</slice>")
     packing: ClassVar[Packing] = "segments"
+    layout: ClassVar[Layout] = Layout(
+        projector=r"resampler\.",
+        vision=r"vpm\.",
+        vision_blocks="vpm.blocks",
+        language_blocks="llm.model.layers",
+        lora={
+            "language": rf".*llm\.model\.layers\.\d+\.{LLAMA_LINEARS}",
+            "vision": r".*vpm\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])",
+            "projector": r".*resampler\.(kv_proj|attn\.out_proj)",
+        },
+    )
+    loading: ClassVar[Loading] = Loading(native="lensmith.model.minicpm_v:MiniCPMV")
 
     # -- rendering ----------------------------------------------------------------------------------------------
 
@@ -141,37 +153,6 @@ class MiniCPMV2:
         return straight_positions(len(kind_L))
 
     # -- model --------------------------------------------------------------------------------------------------
-
-    def part_of(self, name: str) -> PartName:
-        if re.search(r"(^|\.)vpm\.", name):
-            return "vision"
-        if re.search(r"(^|\.)resampler\.", name):
-            return "projector"
-        if re.search(r"(^|\.)lm_head\.", name):
-            return "head"
-        return "embeddings" if ".embed_tokens." in name else "language"
-
-    def blocks(self, model: nn.Module, part: PartName) -> Sequence[nn.Module]:
-        """The repeated layers of a part, in forward order."""
-        inner: Any = model
-        if part == "vision":
-            return list(inner.vpm.blocks)
-        return list(inner.llm.model.layers) if part == "language" else []
-
-    def lora_pattern(self, parts: Sequence[PartName]) -> str:
-        """A full-match pattern for the linear layers of `parts`."""
-        patterns = {
-            "language": r".*llm\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
-            "vision": r".*vpm\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])",
-            "projector": r".*resampler\.(kv_proj|attn\.out_proj)",
-        }
-        return "|".join(f"({patterns[p]})" for p in parts if p in patterns)
-
-    @property
-    def loading(self) -> Loading:
-        from lensmith.model.loading import Loading
-
-        return Loading(native="lensmith.model.minicpm_v:MiniCPMV")
 
     def feature_width(self, config: Mapping[str, Any], mode: Literal["projector", "frozen"]) -> int:
         """Values of one token; before the projector, its share of the patches of a slice of the usual area."""

@@ -27,7 +27,6 @@ empty block of reasoning belongs to the prompt; of models that reason unless tol
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -39,7 +38,8 @@ from lensmith.core.errors import Drop, ModelError
 from lensmith.core.sample import Conversation, Image, Message, Text, Video
 from lensmith.data.encode import Picture, Piece, Placed, Template
 from lensmith.data.media import VideoLimits
-from lensmith.family.base import Grid, Packing, PartName, PixelSettings, VideoSettings, View
+from lensmith.family.base import Grid, Packing, PixelSettings, VideoSettings, View
+from lensmith.family.layout import LLAMA_LINEARS, SIGLIP_LINEARS, LaidOut, Layout
 from lensmith.family.minicpm_v4_chat import (
     contents_of,
     is_tool_response,
@@ -49,17 +49,16 @@ from lensmith.family.minicpm_v4_chat import (
 )
 from lensmith.family.minicpm_v4_slices import Marks, Slicing, canvas_positions
 from lensmith.family.template import render_vendor
+from lensmith.model.loading import Loading
 
 if TYPE_CHECKING:
     import PIL.Image
     import torch
     from torch import nn
 
-    from lensmith.model.loading import Loading
-
 
 @dataclass(frozen=True)
-class MiniCPMV46:
+class MiniCPMV46(LaidOut):
     """`image_ids`: pictures of a conversation are numbered. `thinks`: prompts ask for reasoning."""
 
     name: str
@@ -81,6 +80,20 @@ class MiniCPMV46:
         "<image_id>", "</image_id>",
     )  # fmt: skip
     packing: ClassVar[Packing] = "one_sample_per_row"
+    layout: ClassVar[Layout] = Layout(
+        projector=r"merger\.",  # `vit_merger`, between layers of the tower, is vision
+        vision=r"vision_tower\.",
+        vision_blocks="model.vision_tower.encoder.layers",
+        language_blocks="model.language_model.layers",
+        lora={
+            "language": rf".*language_model\.layers\.\d+\.({LLAMA_LINEARS}"
+            r"|linear_attn\.(in_proj_(qkv|z|b|a)|out_proj))",
+            "vision": rf".*vision_tower\.(encoder\.layers\.\d+\.{SIGLIP_LINEARS}"
+            r"|vit_merger\.(self_attn\.([qkv]|out)_proj|linear_[12]))",
+            "projector": r"(.*\.)?merger\.mlp\.\d+\.linear_[12]",
+        },
+    )
+    loading: ClassVar[Loading] = Loading(layer_kinds=frozenset({"full_attention", "linear_attention"}))
 
     # -- rendering ----------------------------------------------------------------------------------------------
 
@@ -159,41 +172,6 @@ class MiniCPMV46:
         return np.tile(np.arange(len(kind_L), dtype=np.int32), (3, 1))
 
     # -- model --------------------------------------------------------------------------------------------------
-
-    def part_of(self, name: str) -> PartName:
-        """The part a parameter belongs to. `vit_merger`, between layers of the tower, is vision."""
-        if re.search(r"(^|\.)merger\.", name):
-            return "projector"
-        if re.search(r"(^|\.)vision_tower\.", name):
-            return "vision"
-        if re.search(r"(^|\.)lm_head\.", name):
-            return "head"
-        return "embeddings" if ".embed_tokens." in name else "language"
-
-    def blocks(self, model: nn.Module, part: PartName) -> Sequence[nn.Module]:
-        """The repeated layers of a part, in forward order (freeze by layers, recomputation, compile)."""
-        inner: Any = model
-        if part == "vision":
-            return list(inner.model.vision_tower.encoder.layers)
-        return list(inner.model.language_model.layers) if part == "language" else []
-
-    def lora_pattern(self, parts: Sequence[PartName]) -> str:
-        """A full-match pattern for the linear layers of `parts`."""
-        attention = r"self_attn\.([qkv]|out)_proj"
-        patterns = {
-            "language": r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj"
-            r"|linear_attn\.(in_proj_(qkv|z|b|a)|out_proj))",
-            "vision": rf".*vision_tower\.(encoder\.layers\.\d+\.({attention}|mlp\.fc[12])"
-            rf"|vit_merger\.({attention}|linear_[12]))",
-            "projector": r"(.*\.)?merger\.mlp\.\d+\.linear_[12]",
-        }
-        return "|".join(f"({patterns[p]})" for p in parts if p in patterns)
-
-    @property
-    def loading(self) -> Loading:
-        from lensmith.model.loading import Loading
-
-        return Loading(layer_kinds=frozenset({"full_attention", "linear_attention"}))
 
     def feature_width(self, config: Mapping[str, Any], mode: Literal["projector", "frozen"]) -> int:
         if mode == "frozen":

@@ -17,7 +17,6 @@ Training: assistant text and its `<|im_end|>` are targets; role headers, images 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -29,7 +28,8 @@ from lensmith.core.encoded import IMAGE, ImageBlock, VideoInfo
 from lensmith.core.sample import Conversation, Image, Message, Part, Text, Video
 from lensmith.data.encode import Film, Picture, Piece, Placed, Run, Template
 from lensmith.data.media import VideoLimits
-from lensmith.family.base import Grid, Packing, PartName, PixelSettings, VideoSettings, View
+from lensmith.family.base import Grid, Packing, PixelSettings, VideoSettings, View
+from lensmith.family.layout import LaidOut, Layout
 from lensmith.family.qwen_vl_video import place_video, smart_resize, video_settings
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lensmith.model.attention import AttentionPlan
-    from lensmith.model.loading import Loading
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -53,8 +52,11 @@ TOOLS_TAIL = (
 )
 
 
+MLP = r"mlp\.((gate|up|down)_proj|(linear_)?fc[12])"
+
+
 @dataclass(frozen=True)
-class QwenVL:
+class QwenVL(LaidOut):
     """One of the three Qwen-VL generations. `default_system` is what the model's own template puts in front."""
 
     name: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
@@ -73,6 +75,19 @@ class QwenVL:
     )  # fmt: skip
     packing: ClassVar[Packing] = "segments"
     image_in_template: ClassVar[str] = "<|image_pad|>"
+    layout: ClassVar[Layout] = Layout(
+        projector=r"visual\.merger\.",  # the merger inside `.visual`, as in LLaMA-Factory
+        vision=r"visual\.",
+        vision_blocks="model.visual.blocks",
+        language_blocks="model.language_model.layers",
+        # the vision MLP of Qwen2.5-VL has layers called gate_proj, up_proj and down_proj too, so suffixes alone would
+        # hit it (peft issue 2615)
+        lora={
+            "language": rf".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|{MLP})",
+            "vision": rf".*visual\.(blocks\.\d+\.(attn\.(qkv|proj)|{MLP})|deepstack_merger_list\.\d+\.linear_fc[12])",
+            "projector": r".*visual\.merger\.(mlp\.[02]|linear_fc[12])",
+        },
+    )
 
     # -- rendering ----------------------------------------------------------------------------------------------
 
@@ -221,34 +236,6 @@ class QwenVL:
 
     # -- model --------------------------------------------------------------------------------------------------
 
-    def part_of(self, name: str) -> PartName:
-        """The part a parameter belongs to. The projector is the merger inside `.visual`, as in LLaMA-Factory."""
-        if re.search(r"(^|\.)visual\.merger\.", name):
-            return "projector"
-        if re.search(r"(^|\.)visual\.", name):
-            return "vision"
-        if re.search(r"(^|\.)lm_head\.", name):
-            return "head"
-        return "embeddings" if ".embed_tokens." in name else "language"
-
-    def blocks(self, model: nn.Module, part: PartName) -> Sequence[nn.Module]:
-        """The repeated layers of a part, in forward order (freeze by layers, recomputation, compile)."""
-        inner: Any = model
-        if part == "vision":
-            return list(inner.model.visual.blocks)
-        return list(inner.model.language_model.layers) if part == "language" else []
-
-    def lora_pattern(self, parts: Sequence[PartName]) -> str:
-        """A full-match pattern for the linear layers of `parts`. The vision MLP of Qwen2.5-VL has layers called
-        gate_proj, up_proj and down_proj too, so suffixes alone would hit it (peft issue 2615)."""
-        mlp = r"mlp\.((gate|up|down)_proj|(linear_)?fc[12])"
-        patterns = {
-            "language": rf".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|{mlp})",
-            "vision": rf".*visual\.(blocks\.\d+\.(attn\.(qkv|proj)|{mlp})|deepstack_merger_list\.\d+\.linear_fc[12])",
-            "projector": r".*visual\.merger\.(mlp\.[02]|linear_fc[12])",
-        }
-        return "|".join(f"({patterns[p]})" for p in parts if p in patterns)
-
     def tower(self, model: nn.Module, pixels_PD: torch.Tensor, grids: Sequence[Grid]) -> Any:
         """transformers' vision output for uint8 patches [P, D]; one segment per frame or window, never a loop."""
         import torch
@@ -285,12 +272,6 @@ class QwenVL:
         plans: dict[Any, AttentionPlan] = {None: window}
         plans.update({visual.blocks[i].attn: full for i in visual.fullatt_block_indexes})
         return plans, {"window_index": index, "cu_window_seqlens": whole}
-
-    @property
-    def loading(self) -> Loading:
-        from lensmith.model.loading import Loading
-
-        return Loading()
 
     def feature_width(self, config: Mapping[str, Any], mode: Literal["projector", "frozen"]) -> int:
         """Values of one image token: of the deepstack levels too, and, before the projector, of its patches."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,15 @@ def load_family(
     if template and check:
         _check_template(template, family)
     return family
+
+
+def part_of_kind(model_type: str) -> Callable[[str], str]:
+    """Tensor name -> part, of the family of this model type."""
+    from lensmith.family.layout import LaidOut
+
+    module = importlib.import_module(FAMILIES[model_type])
+    kinds = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, LaidOut) and c is not LaidOut]
+    return kinds[0].part_of
 
 
 def loading_of(folder: Path) -> Loading:

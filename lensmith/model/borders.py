@@ -18,7 +18,9 @@ from torch import nn
 from lensmith.core.errors import ModelError
 from lensmith.model.precision import FULL, PrecisionPlan, is_adapter, part_in, text
 
-MISMATCH = re.compile(r"same dtype|expected scalar type|expected .*dtype|dtypes? .*(differ|mismatch|to match)", re.I)
+MISMATCH = re.compile(
+    r"same dtype|mixed dtype|expect\w* .*scalar type|expected .*dtype|dtypes? .*(differ|mismatch|to match)", re.I
+)
 Where = Callable[[str, str], str]
 """(part, role) -> the place in the run file: `run.yaml:12 precision.parts.vision.compute`."""
 

@@ -107,7 +107,8 @@ def plan(options: Precision, device: torch.device, base: torch.dtype) -> Precisi
             FULL if adapter else base, "plain" if adapter else preset.update,
         )  # fmt: skip
         parts[part] = _with(plain, preset, part, options.parts.get(part) or PartPrecision())
-    return PrecisionPlan(name, parts, preset.compute == FP16)
+    scaled = any(own.compute == FP16 for part, own in parts.items() if part != "adapter")
+    return PrecisionPlan(name, parts, scaled)
 
 
 def _with(plan: PartPlan, preset: _Preset, part: str, own: PartPrecision) -> PartPlan:
@@ -169,8 +170,10 @@ def verify(model: nn.Module, plan: PrecisionPlan, part_of: Callable[[str], str])
 class PartCompute:
     """Makes parts compute in their own type where it is not that of the whole.
 
-    `attach` puts hooks on the outermost modules that hold parameters of such a part only. A part in float32 leaves
-    autocast, and what comes in is widened; one in half precision enters autocast of its type.
+    `attach` puts hooks on all modules of such a part: a family may call any of them. A part in float32 leaves autocast,
+    and what comes in is widened; one in half precision enters autocast of its type. Beside a float32 part, parts with
+    half-precision parameters have what comes in rounded to their type: autocast leaves norms alone, and they refuse
+    float32 beside half-precision weights on a CPU.
     """
 
     def __init__(self, plan: PrecisionPlan, device: torch.device):
@@ -179,11 +182,16 @@ class PartCompute:
 
     def attach(self, model: nn.Module, part_of: Callable[[str], str]) -> None:
         other = {p for p, own in self.plan.parts.items() if p != "adapter" and own.compute != self.plan.compute}
-        for module, part in _outermost(model, part_of) if other else ():
-            if part in other:
-                compute = self.plan.of(part).compute
+        widened = any(self.plan.of(part).compute == FULL for part in other)
+        for outermost, part in _outermost(model, part_of) if other else ():
+            compute = self.plan.of(part).compute
+            for module in outermost.modules() if part in other else ():
                 module.register_forward_pre_hook(self._entering(compute), with_kwargs=True)
                 module.register_forward_hook(self._left, always_call=True)
+            for module in outermost.modules() if part not in other and widened else ():
+                types = {p.dtype for p in module.parameters(recurse=False)}
+                if len(types) == 1 and types < {HALF, FP16}:
+                    module.register_forward_pre_hook(_narrowing(types.pop()))
 
     def _entering(self, compute: torch.dtype) -> Any:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -197,6 +205,17 @@ class PartCompute:
 
     def _left(self, module: nn.Module, args: Any, out: Any) -> None:
         self._open.pop().__exit__(None, None, None)
+
+
+def _narrowing(dtype: torch.dtype) -> Any:
+    """Rounds the first argument, the hidden states; tables of positions stay as they are."""
+
+    def enter(module: nn.Module, args: Any) -> Any:
+        if args and torch.is_tensor(args[0]) and args[0].dtype == FULL:
+            return (args[0].to(dtype), *args[1:])
+        return None
+
+    return enter
 
 
 def _widened(value: Any) -> Any:

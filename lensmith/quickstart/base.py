@@ -50,16 +50,16 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 
 
-def run_file(stage: str, model: Path, roots: list[str]) -> dict[str, Any]:
-    """An ordinary run: continued pretraining of every parameter on one file of captions."""
+def run_file(stage: str, model: Path, roots: list[str], how: dict[str, Any]) -> dict[str, Any]:
+    """An ordinary run: continued pretraining of every parameter on one file of captions. `how`: one of `STAGES`."""
     return {
         "model": {"path": str(model)},
         "data": {"train": [{"path": f"{stage}.jsonl", "format": "document"}], "max_tokens": 512, "media_roots": roots},
         "batch": {"samples": 32, "device_tokens": 8192},
         "tune": "full",
-        "optimizer": {"lr": STAGES[stage]["lr"], "betas": [0.9, 0.95], "weight_decay": 0.05},
-        "schedule": STAGES[stage]["schedule"],
-        "train": {"epochs": STAGES[stage]["epochs"], "device": "cpu", "threads": 1, "seed": 0},
+        "optimizer": {"lr": how["lr"], "betas": [0.9, 0.95], "weight_decay": 0.05},
+        "schedule": how["schedule"],
+        "train": {"epochs": how["epochs"], "device": "cpu", "threads": 1, "seed": 0},
         "save": {"every_steps": 500},
         "output": f"run-{stage}",
     }
@@ -160,10 +160,12 @@ def qwen(folder: Path, texts: list[str]) -> None:
     make_random_model(folder, make_tokenizer(folder, texts))
 
 
-def make(folder: Path, begin: Callable[[Path, list[str]], None] = qwen) -> Path:
+def make(
+    folder: Path, begin: Callable[[Path, list[str]], None] = qwen, stages: dict[str, dict[str, Any]] | None = None
+) -> Path:
     """Everything, in `folder`; goes on where it stopped when run again. Returns the base model's folder.
 
-    `begin` makes the random model in a folder, with a tokenizer for the texts.
+    `begin` makes the random model in a folder, with a tokenizer for the texts; `stages`: `STAGES` if left out.
     """
     import yaml
 
@@ -185,9 +187,9 @@ def make(folder: Path, begin: Callable[[Path, list[str]], None] = qwen) -> Path:
         easy_vqa.write_lines(folder / "sentences.jsonl", easy_vqa.caption_rows("train", 6, 2, 0, folder / "mirrored"))
     roots = [str(pictures[0].path.parent), str(folder / "mirrored")]
     model = folder / "random"
-    for stage in STAGES:
+    for stage, how in (stages or STAGES).items():
         path = folder / f"{stage}.yaml"
-        path.write_text(yaml.safe_dump(run_file(stage, model, roots), sort_keys=False))
+        path.write_text(yaml.safe_dump(run_file(stage, model, roots, how), sort_keys=False))
         train(path)
         model = folder / f"after-{stage}"
         if not model.exists():

@@ -15,7 +15,7 @@ from lensmith.data.tokenizer import TextTokenizer, tokenizer_text
 from lensmith.engine.determinism import seed_all
 from lensmith.engine.optimizer import Keep, MasterAdamW, Named
 from lensmith.model import precision, tune
-from lensmith.model.load import base_dtype, load_model, skeleton, widest_dtype
+from lensmith.model.load import base_dtype, is_tied, load_model, skeleton, widest_dtype
 from lensmith.model.loading import Loading
 from lensmith.model.root import Autocast, Root, vision_mode
 from lensmith.model.vision_cache import VisionCache, fingerprint
@@ -70,16 +70,18 @@ def set_threads(run: Run) -> int:
 
 
 def keep_freed_memory() -> None:
-    """On a CPU with glibc: large blocks stay in the process when freed, instead of being mapped and zeroed again.
+    """On a CPU with glibc: blocks below 4 MiB stay in the process when freed, instead of being mapped and zeroed again.
 
     Without it every activation costs page faults: measured 92,000 of them and 12 % of the CPU time in 150 small
-    layers, 1,500 with it. The price is that the resident size stays near its peak.
+    layers, 1,500 with it. The price is that the resident size stays near its peak. Larger blocks are mapped one by one:
+    the C library puts fragments between aligned blocks, and freed large ones are seldom used again. In the heap they
+    took up to 80 % more memory than was in use (docs/log.md).
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # another C library: nothing to set
         return
-    for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28)):  # MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD
+    for option, value in ((-3, 1 << 22), (-1, (1 << 31) - 1), (-2, 1 << 28)):  # MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD
         mallopt(option, value)
 
 
@@ -96,7 +98,7 @@ def build(prepared: Prepared, carried: Callable[[MasterAdamW], None] | None = No
     seed_all(run.train.seed)
     model = load_model(prepared.model_folder, widest_dtype(prepared.model_folder), device, loading_of(prepared))
     built = assemble(prepared, tuned(prepared, model), plan, device, carried)
-    built.root.cache = _cache(prepared, model)
+    built.root.cache = _cache(prepared, model, plan)
     return built
 
 
@@ -140,6 +142,9 @@ def _optimizer(
     for name, _ in named:
         own = plan.of(precision.part_in(part_of, name))
         keep[name] = Keep(own.update, own.trained, own.gradients, own.optimizer)
+    if is_tied(model) and "head" in run.precision.parts:
+        raise ConfigError("PRECISION", "precision.parts.head: the head of this model is its embedding",
+                          remedy="set precision.parts.embeddings instead")  # fmt: skip
     for name, p in named:
         if keep[name].update == "plain":
             p.data = p.data.to(keep[name].parameters)
@@ -210,7 +215,7 @@ def _grow(model: Any, prepared: Prepared) -> list[int]:
     return every
 
 
-def _cache(prepared: Prepared, model: torch.nn.Module) -> VisionCache | None:
+def _cache(prepared: Prepared, model: torch.nn.Module, plan: precision.PrecisionPlan) -> VisionCache | None:
     """A cache for a frozen tower. Only the disk tier outlives the run, so only it needs the weights' fingerprint."""
     options = prepared.located.run.vision_cache
     mode = vision_mode(model, prepared.family)
@@ -220,7 +225,8 @@ def _cache(prepared: Prepared, model: torch.nn.Module) -> VisionCache | None:
         return VisionCache(options.memory_mb << 20)
     parts = ("vision", "projector") if mode == "frozen" else ("vision",)
     frozen = [(n, p) for n, p in model.named_parameters() if prepared.family.part_of(n) in parts]
-    mark = fingerprint(frozen, f"{prepared.family.pixels}{mode}")
+    computed = [precision.text(plan.of(part).compute) for part in parts]
+    mark = fingerprint(frozen, f"{prepared.family}{mode}{computed}")
     base = (
         prepared.located.folder / options.folder
         if options.folder

@@ -11,6 +11,7 @@ rises again; the run says so.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "base_weights": sampled_weights(prepared.model_folder),
         "model.remote_code": prepared.code.digest if prepared.code is not None else None,
         "tokenizer": _hash(prepared.train.spec.tokenizer_json.encode()),
-        "pixels": repr(prepared.family.pixels),
-        "video": repr(getattr(prepared.family, "video", None)),
+        **{f"family.{f.name}": repr(getattr(prepared.family, f.name)) for f in fields(prepared.family) if f.repr},
         "data.max_tokens": run.data.max_tokens,
         "data.too_long": run.data.too_long,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,7 @@ from lensmith.checkpoint import repair as repairing
 from lensmith.checkpoint.headers import name_of, read_contents
 from lensmith.checkpoint.inspect import Inspection, inspect
 from lensmith.core.errors import ConfigError, ModelError
-from lensmith.family.registry import FAMILIES
+from lensmith.family.registry import FAMILIES, part_of_kind
 from lensmith.recipe.export import DTYPES, model_folder
 from lensmith.recipe.folder import Lock
 from lensmith.report.tables import Table, number, size
@@ -32,6 +32,7 @@ def inspect_folder(path: Path, *, values: bool, repair: bool, dtype: str | None,
         )
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError("DTYPE", f"--dtype {dtype!r}", remedy=f"one of {', '.join(DTYPES)}")
+    path = Path(os.path.realpath(path))  # a repair renames the folder itself: no link to it, and no working folder
     if repair:
         _repair(path, DTYPES.get(dtype or ""), terminal)
     folder = _model_folder(path, terminal)
@@ -47,15 +48,11 @@ def inspect_folder(path: Path, *, values: bool, repair: bool, dtype: str | None,
 
 
 def parts_of(folder: Path) -> Callable[[str], str] | None:
-    """Tensor name -> part, by the family of the model; None where no family knows it, or its config is too broken for
-    its family."""
+    """Tensor name -> part, by the family of the model, whatever else its files say; None where no family knows it."""
     config = read_contents(folder).config
     if (kind := config.get("model_type")) not in FAMILIES:
         return None
-    try:
-        return importlib.import_module(FAMILIES[kind]).from_config(config, {}, None).part_of
-    except (KeyError, TypeError, ValueError, AttributeError, ModelError):
-        return None
+    return part_of_kind(kind)
 
 
 def _model_folder(path: Path, terminal: Terminal) -> Path:

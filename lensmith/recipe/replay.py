@@ -17,6 +17,7 @@ from lensmith.recipe.run import Located, load_run
 from lensmith.report.terminal import Terminal
 
 OK, OTHERWISE = 0, 1
+SAME = "as they were"
 
 
 def replay(folder: Path, terminal: Terminal, *, device: str | None = None, base: Path | None = None) -> int:
@@ -30,6 +31,10 @@ def replay(folder: Path, terminal: Terminal, *, device: str | None = None, base:
                           remedy="raise guard.dump_mb if it was too large; a transient one has none")  # fmt: skip
     overrides = [f"train.device={device}"] if device else []
     located = load_run(folder / "run.yaml", overrides).of(about["stage"] or None)
+    run = located.run
+    if run.precision.preset == "auto":  # it was resolved for the device that the run had
+        resolved = run.precision.model_copy(update={"preset": about["precision"]})
+        located.run = run.model_copy(update={"precision": resolved})
     prepared = _without_data(located, Path(base or about["model_folder"]), about["has_added_tokens"])
     from lensmith.recipe.build import build, set_threads
 
@@ -53,6 +58,7 @@ def replay(folder: Path, terminal: Terminal, *, device: str | None = None, base:
     )
     terminal.event("replay", f"{cause}{where}; at fault: {at_fault}{largest}; weights: {weights}", **fields)
     said = "reproduced" if reproduced else f"not reproduced: the run found {wanted[0]} in {wanted[1]}"
+    said += "" if weights == SAME else f", but {weights}"
     terminal.event("verdict", said, reproduced=reproduced)
     return OK if reproduced else OTHERWISE
 
@@ -93,9 +99,12 @@ def _restore(folder: Path, about: dict[str, Any], built: Any) -> str:
     from lensmith.engine.state import read_state
     from lensmith.recipe.incident import tensor_hashes
 
-    checkpoint = about["checkpoint"]
-    if not about["tensors"]["trained"] and checkpoint is not None and Path(checkpoint).is_dir():
-        read_state(Path(checkpoint) / "state", built.optimizer)
+    checkpoint, note = about["checkpoint"], ""
+    if not about["tensors"]["trained"] and checkpoint is not None:
+        if Path(checkpoint).is_dir():
+            read_state(Path(checkpoint) / "state", built.optimizer)
+        else:
+            note = f"; {Path(checkpoint).name} is gone, so what trained is as in the base model"
     named = dict(built.root.model.named_parameters())
     with torch.no_grad():
         for key, value in load_file(folder / "tensors.safetensors").items():
@@ -105,7 +114,7 @@ def _restore(folder: Path, about: dict[str, Any], built: Any) -> str:
     then = json.loads((folder / "hashes.json").read_text(encoding="utf-8"))["tensors"]
     now = tensor_hashes((f"model/{n}", p) for n, p in named.items())["tensors"]
     other = [name for name, value in now.items() if then.get(name) != value]
-    return "as they were" if not other else f"{len(other)} of {len(now)} tensors differ, first {other[0]}"
+    return SAME if not other else f"{len(other)} of {len(now)} tensors differ, first {other[0]}{note}"
 
 
 def _examine(folder: Path, about: dict[str, Any], built: Any) -> Any:

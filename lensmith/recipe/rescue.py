@@ -115,7 +115,7 @@ class StageRescue:
         """Of a run that is resumed: what was found out behind the checkpoint that it goes on from."""
         kept = run_folder.read_json(self.stage.output / "incidents" / "history.json").get(str(self.stage.number))
         if kept is not None:
-            p.history = History(**kept["history"])
+            p.history = p.history.with_all_of(History(**kept["history"]))
             p.excluded |= {int(k): int(v) for k, v in kept["excluded"]}
 
     def roll_back(self, last: int) -> Progress:

@@ -96,7 +96,7 @@ def _draw(prepared: Prepared, file: int, origin: str, encoded: Encoded, loader: 
     terminal.event(
         "sample",
         f"{origin}: {encoded.num_tokens} tokens, {encoded.num_supervised} trained (green), {image_tokens} of "
-        f"{len(encoded.images)} images, {len(encoded.segments)} segments",
+        f"{len({id(b.image) for b in encoded.images})} images, {len(encoded.segments)} segments",
     )
     for block in encoded.images:
         if (grid := _patch_grid(prepared, loader, file, block, origin)) is not None:

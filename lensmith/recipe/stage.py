@@ -404,7 +404,8 @@ class StageRun:
             "settled": self.session.settled,
         }
         published = self.store.publish(self._at(p), lambda folder: self._write(folder, p), about)
-        self.store.purge(self.run_file.save.keep_last, self.session.best_steps() | set(self.session.borders))
+        if not p.bad_in_a_row:  # behind a step that was not applied, the way back stays
+            self.store.purge(self.run_file.save.keep_last, self.session.best_steps() | set(self.session.borders))
         self.clock.lap("save")
         about = {"kind": "event", "name": "checkpoint", "step": self._at(p), **self.about_stage}
         self.session.sinks.write({**about, "path": published.folder.name})
