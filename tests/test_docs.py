@@ -202,6 +202,7 @@ def test_the_run_folder_is_as_described(tmp_path: Path, qwen25: Path) -> None:
         "early_stop",
         "excluded",
         "incident",
+        "incident_lost",
         "roll_back",
         "sink_off",
         "spike",
