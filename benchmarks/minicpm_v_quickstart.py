@@ -29,8 +29,8 @@ STAGES = {
 }
 """Colour and shape take twice as many steps as in the base of the quickstart: the resampler learns where to look."""
 TUNE: dict[str, list[str]] = {
-    "full": ["tune=full", "optimizer.lr=1e-3", "optimizer.parts={vision: {lr: 3e-4}}"],
-    "lora": ["tune={kind: lora, rank: 32, parts: [language, projector]}", "optimizer.lr=3e-3"],
+    "full": ["tune=full", "train.epochs=3", "optimizer.lr=1e-3", "optimizer.parts={vision: {lr: 3e-4}}"],
+    "lora": ["tune={kind: lora, rank: 64, parts: [language, projector]}", "train.epochs=3", "optimizer.lr=1e-2"],
 }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,8 +16,11 @@ from lensmith.data.plan import Plan
 from lensmith.data.windows import StreamSpec, WindowMaker, window_plan
 from lensmith.recipe.prepare import Prepared, check_counts, prepare, require_steps
 from lensmith.recipe.run import Located
-from lensmith.report.tables import Table
+from lensmith.report.tables import MISSING, Table, size
 from lensmith.report.terminal import Terminal
+
+if TYPE_CHECKING:
+    from lensmith.recipe.memory import Prediction
 
 SHOWN_DROPS = 50
 
@@ -84,6 +89,7 @@ def _show_plan(prepared: Prepared, plan: Plan, text: str, steps: int, terminal: 
         f"{prepared.limits.device_tokens:,} tokens a step",
         steps=steps, rows_per_step=packed,
     )  # fmt: skip
+    _show_memory(prepared, plan, terminal)
 
 
 def _show_data(prepared: Prepared, terminal: Terminal) -> None:
@@ -128,3 +134,93 @@ def _rows_of_first_steps(prepared: Prepared, plan: Plan, count: int = 10) -> flo
     pipeline = Pipeline(prepared.train, plan, prepared.limits)
     found = [len(pipeline.rows_of(step)) for step, _ in zip(plan.steps(), range(count), strict=False)]
     return float(np.mean(found))
+
+
+# -- precision and memory ---------------------------------------------------------------------------------------
+
+
+def _show_memory(prepared: Prepared, plan: Plan, terminal: Terminal) -> None:
+    from lensmith.model.memory import NEEDS_VALUES
+    from lensmith.recipe.memory import predict, room
+
+    try:
+        with terminal.progress("Predicting memory", None, counted=False):
+            found = predict(prepared, prepared.train, plan)
+    except NEEDS_VALUES as error:
+        terminal.warning(f"memory is not predicted: the model cannot run without values ({error})")
+        return
+    if found is None:
+        terminal.warning("memory is not predicted: no sample of the largest row can be read")
+        return
+    terminal.show("precision", precision_table(prepared, found))
+    terminal.show("memory", memory_table(found))
+    peak, most = found.peak, room(found.device)
+    kind = "GPU" if found.device.type == "cuda" else "machine"
+    terminal.event(
+        "peak",
+        f"predicted peak {size(peak.total)} of the {kind}'s {size(most)}, in {peak.name.lower()} of a row of "
+        f"{found.row.num_tokens:,} tokens",
+        bytes=peak.total, room_bytes=most, phase=peak.name, tokens=found.row.num_tokens,
+        by_kind={**peak.kinds, "features": peak.features, "allocator": peak.allocator},
+    )  # fmt: skip
+    if peak.total > most:
+        terminal.warning(
+            f"the predicted peak {size(peak.total)} is more than the {kind} has ({size(most)}); {_what_helps(prepared)}"
+        )
+
+
+def _what_helps(prepared: Prepared) -> str:
+    run = prepared.located.run
+    helps = [] if run.train.recompute else ["train.recompute: true"]
+    helps.append(f"batch.device_tokens below {run.device_tokens:,}")
+    if run.tune.kind != "lora":
+        helps += ["precision.preset: bf16-params-compensated", "tune: {kind: lora}"]
+    return f"what helps: {', '.join(helps)}"
+
+
+def precision_table(prepared: Prepared, found: Prediction) -> Table:
+    """One row per part: types on disk, in memory, in compute, of gradients and optimizer, and as saved."""
+    from lensmith.model.load import tensor_dtypes
+    from lensmith.model.precision import part_in
+
+    part_of, on_disk = prepared.family.part_of, tensor_dtypes(prepared.model_folder)
+    parts: dict[str, list[Any]] = {}
+    for name, p in found.built.tuned.model.named_parameters():
+        parts.setdefault(part_in(part_of, name), []).append(p)
+    single = len(set(on_disk.values())) == 1
+
+    rows: list[tuple[str, ...]] = []
+    for part, tensors in parts.items():
+        plan, trained = found.built.precision.of(part), [p for p in tensors if p.requires_grad]
+        files = [] if part == "adapter" else [d for name, d in on_disk.items() if single or part_of(name) == part]
+        update = "" if plan.update == "plain" else f", {plan.update}"
+        rows.append(
+            (
+                part, f"{sum(p.numel() for p in tensors):,}", _types(files),
+                _types(p.dtype for p in tensors if not p.requires_grad), _types(p.dtype for p in trained),
+                _types([plan.compute]), _types([plan.gradients] if trained else []),
+                _types([plan.optimizer]) + update if trained else MISSING, _types([plan.saved]),
+                size(sum(p.numel() * p.element_size() for p in tensors)),
+            )
+        )  # fmt: skip
+    columns = ("Part", "Parameters", "On disk", "Frozen", "Trained", "Compute", "Gradients", "Optimizer", "Saved",
+               "In memory")  # fmt: skip
+    return Table(f"Precision ({found.built.precision.preset})", columns, rows, frozenset({"Parameters", "In memory"}))
+
+
+def _types(dtypes: Iterable[Any]) -> str:
+    short = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float64": "fp64"}
+    return " + ".join(sorted({short[str(d)] for d in dtypes})) or MISSING
+
+
+def memory_table(found: Prediction) -> Table:
+    """One column per phase: what there is at the moment that needs most."""
+    from lensmith.model.memory import KINDS
+
+    phases = found.phases
+    rows = [(kind, [phase.kinds.get(kind, 0) for phase in phases]) for kind in KINDS]
+    rows += [("vision cache", [phase.features for phase in phases]), ("allocator", [p.allocator for p in phases])]
+    cells = [(name, *(size(b) if b else MISSING for b in counts)) for name, counts in rows if any(counts)]
+    names = tuple(phase.name for phase in phases)
+    total = ("Peak", *(size(phase.total) for phase in phases))
+    return Table("Memory", ("Kind", *names), cells, frozenset(names), total)
