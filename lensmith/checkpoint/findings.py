@@ -48,7 +48,7 @@ def some(names: list[str]) -> str:
 
 def file_findings(contents: Contents) -> list[Finding]:
     """Of the weight files, the index and what belongs beside them."""
-    found = _weights(contents) + _index(contents) + _pickles(contents)
+    found = _weights(contents) + _index(contents) + _beside(contents) + _pickles(contents)
     if contents.config_error:
         name = "adapter_config.json" if contents.adapter else "config.json"
         found.append(
@@ -145,6 +145,12 @@ def _index(contents: Contents) -> list[Finding]:
                     again,
                 )
             )
+    return found
+
+
+def _beside(contents: Contents) -> list[Finding]:
+    """Weight files that no index names."""
+    found: list[Finding] = []
     if contents.index is not None and "model.safetensors" in contents.beside:
         found.append(
             error(

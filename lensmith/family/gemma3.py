@@ -38,6 +38,7 @@ from lensmith.data.encode import Film, Picture, Piece, Placed, Run, Template
 from lensmith.data.media import VideoLimits
 from lensmith.family.base import Grid, Packing, PartName, PixelSettings, VideoSettings, View
 from lensmith.family.layout import LLAMA_LINEARS, SIGLIP_LINEARS, LaidOut, Layout
+from lensmith.family.tiles import tile_values
 from lensmith.model.loading import Loading
 
 if TYPE_CHECKING:
@@ -221,13 +222,8 @@ class Gemma3(LaidOut):
 
     def normalise(self, pixels_PD: torch.Tensor) -> torch.Tensor:
         """float32 [blocks, 3, side, side] of uint8 patches: rescaled and normalised."""
-        import torch
-
-        n, p = self.side // self.pixels.patch, self.pixels.patch
-        x = pixels_PD.view(-1, n, n, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, self.side, self.side)
-        mean = torch.tensor(self.pixels.mean, device=x.device).view(3, 1, 1)
-        std = torch.tensor(self.pixels.std, device=x.device).view(3, 1, 1)
-        return (x.to(torch.float32) * (1 / 255) - mean) / std
+        n = self.side // self.pixels.patch
+        return tile_values(pixels_PD, n, n, self.pixels)
 
     def project(self, model: nn.Module, features: list[torch.Tensor], views: Sequence[View] = ()) -> list[torch.Tensor]:
         """The projector's norm and matrix, on what `tower_only` gave."""

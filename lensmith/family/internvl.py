@@ -31,6 +31,7 @@ from lensmith.data.encode import Film, Picture, Piece, Placed, Run, Template
 from lensmith.data.media import VideoLimits
 from lensmith.family.base import Grid, Packing, PixelSettings, VideoSettings, View
 from lensmith.family.layout import LLAMA_LINEARS, LaidOut, Layout
+from lensmith.family.tiles import decode, tile_values
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -161,13 +162,8 @@ class InternVL(LaidOut):
 
     def normalise(self, pixels_PD: torch.Tensor) -> torch.Tensor:
         """float32 [tiles, 3, side, side] of uint8 patches: rescaled and normalised."""
-        import torch
-
-        n, p = self.side // self.pixels.patch, self.pixels.patch
-        x = pixels_PD.view(-1, n, n, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, self.side, self.side)
-        mean = torch.tensor(self.pixels.mean, device=x.device).view(3, 1, 1)
-        std = torch.tensor(self.pixels.std, device=x.device).view(3, 1, 1)
-        return (x.to(torch.float32) * (1 / 255) - mean) / std
+        n = self.side // self.pixels.patch
+        return tile_values(pixels_PD, n, n, self.pixels)
 
     def project(self, model: nn.Module, features: list[torch.Tensor], views: Sequence[View] = ()) -> list[torch.Tensor]:
         """The projector alone, on what `tower_only` gave."""
@@ -187,14 +183,7 @@ class InternVL(LaidOut):
     ) -> Any:
         """The language model's output (`last_hidden_state` [B, T, H]) with image features in their places."""
         language: Any = model.model.language_model  # type: ignore[union-attr]
-        embeds = language.embed_tokens(ids_BT)
-        if features_NH is not None:
-            embeds = embeds.masked_scatter(image_mask_BT[..., None], features_NH.to(embeds.dtype))
-        if kwargs.get("attention_plans"):
-            # without a mask, positions that begin anew make transformers build one of [T, T]; one of four axes is
-            # handed on as it is, and a plan goes before it
-            kwargs["attention_mask"] = embeds.new_zeros(1, 1, 1, 1)
-        return language(inputs_embeds=embeds, position_ids=position_ids_3BT[0], **kwargs)
+        return decode(language, ids_BT, features_NH, image_mask_BT, position_ids_3BT, **kwargs)
 
 
 @lru_cache(maxsize=16)

@@ -49,6 +49,7 @@ from lensmith.family.minicpm_v4_chat import (
 )
 from lensmith.family.minicpm_v4_slices import Marks, Slicing, canvas_positions
 from lensmith.family.template import render_vendor
+from lensmith.family.tiles import straight_positions
 from lensmith.model.loading import Loading
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class MiniCPMV46(LaidOut):
 
     def positions(self, kind_L: np.ndarray, blocks: Sequence[ImageBlock]) -> np.ndarray:
         """int32 [3, L]: 4.6 counts tokens, the same in all three rows."""
-        return np.tile(np.arange(len(kind_L), dtype=np.int32), (3, 1))
+        return straight_positions(len(kind_L))
 
     # -- model --------------------------------------------------------------------------------------------------
 
