@@ -26,12 +26,12 @@ from lensmith.report.terminal import Terminal
 CONTROL = ("<unk>", "<s>", "</s>", "<image>", "</image>", "<slice>", "</slice>")
 STAGES = {
     "names": {"epochs": 9.0, "schedule": {"kind": "cosine", "warmup_steps": 50, "final": 0.6}, "lr": 1.5e-3},
-    "sentences": {"epochs": 5.0, "schedule": {"kind": "cosine", "warmup_steps": 50}, "lr": 1.3e-3},
+    "sentences": {"epochs": 15.0, "schedule": {"kind": "cosine", "warmup_steps": 50}, "lr": 1.3e-3},
 }
-"""Colour and shape take twice as many steps as in the base of the quickstart: the resampler learns where to look."""
+"""Both take about twice as many steps as in the base of the quickstart: the resampler learns where to look."""
 TUNE: dict[str, list[str]] = {
     "full": ["tune=full", "train.epochs=3", "optimizer.lr=1e-3", "optimizer.parts={vision: {lr: 3e-4}}"],
-    "lora": ["tune={kind: lora, rank: 32, parts: [language, projector]}", "train.epochs=3", "optimizer.lr=3e-3"],
+    "lora": ["tune={kind: lora, rank: 32, parts: [language, projector]}", "train.epochs=3", "optimizer.lr=2e-3"],
 }
 
 
