@@ -7,6 +7,8 @@ checkpoint, 70 a defect of lensmith, 74 the run could not go on, 130/143 stopped
 from __future__ import annotations
 
 import errno
+import faulthandler
+import io
 import os
 import sys
 from pathlib import Path
@@ -35,6 +37,8 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on st
 
 def _terminal(quiet: bool, as_json: bool) -> Terminal:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked after the tokenizer was used
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a table has letters that an ASCII locale lacks
     from lensmith.report.terminal import Terminal
 
     return Terminal("json" if as_json else "quiet" if quiet else "normal")
@@ -45,14 +49,34 @@ def train(
     run: RunFile,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Everything, one step, nothing kept.")] = False,
+    ray: Annotated[str | None, typer.Option(help="On a Ray cluster: its address, `auto` or `local`.")] = None,
+    ray_storage: Annotated[str | None, typer.Option(help="For Ray's own state. Left out: the run folder.")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train, or go on with a run that was interrupted."""
+    faulthandler.enable(sys.__stderr__ or 2)  # a crash in native code leaves a trace
     terminal = _terminal(quiet, as_json)
+    from lensmith.parallel.exits import is_rank
+    from lensmith.parallel.launch import launch
+    from lensmith.recipe.run import load_run
     from lensmith.recipe.train import train as run_training
 
-    run_training(run, overrides or (), terminal=terminal, dry_run=dry_run)
+    located = load_run(run, overrides or ())
+    parallel = located.run.parallel
+    if ray is not None:
+        from lensmith.recipe.train_ray import train_on_ray
+
+        train_on_ray(located, terminal, address=ray, storage=ray_storage, dry_run=dry_run)
+        return
+    if parallel.ranks == 1 or is_rank():
+        run_training(located, terminal=terminal, dry_run=dry_run)
+        return
+    flags = [flag for flag, given in (("--dry-run", dry_run), ("--quiet", quiet), ("--json", as_json)) if given]
+    output = None if dry_run else located.output
+    arguments = ["train", str(run), *(overrides or ()), *flags]
+    ended = launch(arguments, ranks=parallel.ranks, restarts=parallel.restarts, output=output, terminal=terminal)
+    raise typer.Exit(ended)
 
 
 @app.command()
@@ -63,6 +87,31 @@ def check(run: RunFile, overrides: Overrides = None, quiet: Quiet = False, as_js
     from lensmith.recipe.run import load_run
 
     check_run(load_run(run, overrides or ()), terminal)
+
+
+@app.command()
+def plan(
+    run: RunFile,
+    overrides: Overrides = None,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas between.")] = "1,8,64",
+    device: Annotated[str, typer.Option(help="h100, h200, a100, l40s, 4090; cpu: measure this machine.")] = "h100",
+    price: Annotated[float | None, typer.Option(help="Dollars of one device for an hour.")] = None,
+    network: Annotated[
+        float | None, typer.Option(help="GB/s that a rank sends to other nodes. Left out: as the device has.")
+    ] = None,
+    mfu: Annotated[float | None, typer.Option(help="Share of the peak that rows reach. Left out: predicted.")] = None,
+    samples_per_rank: Annotated[int | None, typer.Option(help="Samples of a step for each rank.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Memory, traffic, time and cost of the run on more ranks and other devices. Loads no weights."""
+    terminal = _terminal(quiet, as_json)
+    from lensmith.recipe.scaling import Ask, numbers_of
+    from lensmith.recipe.scaling import plan as plan_run
+
+    bytes_of = None if network is None else network * 1e9
+    ask = Ask(numbers_of(ranks), device, price, bytes_of, mfu, samples_per_rank)
+    plan_run(run, overrides or (), terminal, ask)
 
 
 @app.command()
@@ -118,7 +167,9 @@ def show(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run folder (its newest), or an adapter folder.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint, a run folder (its newest), an adapter folder, or a URL of save.remote.")
+    ],
     output: Annotated[Path, typer.Argument(help="New folder for the model.")],
     base: Annotated[str | None, typer.Option(help="Base model of an adapter, if not where its config says.")] = None,
     merge: Annotated[bool, typer.Option(help="Merge an adapter into full weights; else copy the adapter.")] = True,
@@ -136,7 +187,7 @@ def export(
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="A model or adapter folder of any tool, a checkpoint or a run.")],
+    checkpoint: Annotated[str, typer.Argument(help="A model or adapter folder of any tool, a checkpoint or a run.")],
     values: Annotated[bool, typer.Option("--values", help="Read every value too: NaN, infinity, two heads.")] = False,
     repair: Annotated[
         bool, typer.Option("--repair", help="Write the folder anew in one type; the old one is kept beside it.")
@@ -228,12 +279,21 @@ def _main(
 
 
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE,
-            errno.EEXIST, errno.ENOTDIR, errno.EISDIR}  # fmt: skip
+            errno.ENFILE, errno.EFBIG, errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}  # fmt: skip
 """What the machine refuses: no defect, and a traceback would not help."""
 
 
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point. A `UserError` is one message on stderr; anything else is a traceback and exit code 70."""
+    from lensmith.parallel.exits import leave_code
+
+    try:
+        _run(arguments)
+    except SystemExit as done:
+        sys.exit(leave_code(done.code if isinstance(done.code, int) else 0))
+
+
+def _run(arguments: list[str] | None) -> None:
     try:
         app(arguments)
     except SystemExit as done:  # Typer's own code for a wrong command line is 2
@@ -246,8 +306,11 @@ def main(arguments: list[str] | None = None) -> Any:
         from lensmith.engine.loop import Interrupted
 
         if isinstance(error, Interrupted):
-            _say(str(error))
+            _say(str(error), "OTHER_RANK")  # each of several ranks has it
             sys.exit(error.exit_code)
+        if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
+            text = f"this locale's encoding ({sys.getfilesystemencoding()}) has no way to write {error.object!r:.200}"
+            _fail(RunError("LOCALE", text, remedy="set PYTHONUTF8=1, or a locale with UTF-8 such as LC_ALL=C.UTF-8"))
         if isinstance(error, OSError) and error.errno in _MACHINE:
             remedy = "look at the space, the permissions and the kind of this path"
             _fail(RunError("MACHINE", error.strerror or "failed", where=str(error.filename or ""), remedy=remedy))
@@ -259,12 +322,18 @@ def main(arguments: list[str] | None = None) -> Any:
 
 
 def _fail(error: UserError) -> NoReturn:
-    _say(error.render())
+    from lensmith.parallel.exits import leave_code
+
+    _say(error.render(), error.code)
+    leave_code(error.exit_code, error.code)
     sys.exit(error.exit_code)
 
 
-def _say(text: str) -> None:
+def _say(text: str, code: str = "") -> None:
+    from lensmith.parallel.exits import speaker
     from lensmith.report.escape import terminal_safe
 
-    for line in text.split("\n"):
+    if (who := speaker(code)) is None:
+        return
+    for line in f"{who}{text}".split("\n"):
         print(terminal_safe(line), file=sys.stderr)

@@ -546,6 +546,8 @@ def test_nothing_left(tmp_path: Path, run: Callable[..., Located]) -> None:
 # --- F61, F62: pictures that change between index and training --------------------------------------------------------
 
 
+@pytest.mark.faults("F61", "deleted, made a pipe")
+@pytest.mark.faults("F62", "another size, cut short")
 def test_pictures_that_change_after_the_index(
     tmp_path: Path, run: Callable[..., Located], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,6 +106,7 @@ def test_everything_is_on_disk_before_it_is_published(tmp_path: Path, monkeypatc
     assert all(sizes[p.name] == p.stat().st_size for p in store.path(1).rglob("*") if p.is_file())
 
 
+@pytest.mark.faults("F38", "500 flipped bits over all files, the manifest too")
 def test_every_flipped_bit_is_refused_by_name(tmp_path: Path) -> None:
     """500 random bits over all files, the manifest too; each time the earlier checkpoint is used, with a warning."""
     store = filled(tmp_path, 1, 2)
@@ -205,12 +206,12 @@ NO_MANIFESTS = [
     b"[" * 100_000,
 ]
 DAMAGES: list[Any] = [
-    truncated,
-    emptied,
-    extended,
-    missing,
-    extra,
-    swapped,
+    pytest.param(truncated, marks=pytest.mark.faults("F39", "a file one byte shorter")),
+    pytest.param(emptied, marks=pytest.mark.faults("F40", "a file of no bytes")),
+    pytest.param(extended, marks=pytest.mark.faults("F39", "one byte longer")),
+    pytest.param(missing, marks=pytest.mark.faults("F41", "a file is missing")),
+    pytest.param(extra, marks=pytest.mark.faults("F41", "an unknown file")),
+    pytest.param(swapped, marks=pytest.mark.faults("F42", "two files of one size swapped")),
     no_manifest,
     another_step,
     leads_outside,
@@ -231,6 +232,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path
     assert "step-00000001" in caught.value.message and "step-00000002" in caught.value.message
 
 
+@pytest.mark.faults("F44", "a manifest of a later schema")
 def test_a_later_schema_is_refused(tmp_path: Path) -> None:
     """Not passed over for an older checkpoint: that would silently take back steps that a newer lensmith made."""
     store = filled(tmp_path, 1, 2)
@@ -416,20 +418,26 @@ def faults(shim: Path, work: Path, which: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_faults_at_every_fifth_call_of_a_save(shim: Path, tmp_path: Path) -> None:
+@pytest.mark.faults("F02", "sample: every fifth call")
+@pytest.mark.faults("F03", "sample: every fifth call")
+@pytest.mark.faults("F28", "sample: every fifth call")
+def test_faults_at_every_fifth_call_of_a_save(shim: Path, tmp_path: Path, record_property: Any) -> None:
     """Killed before a call, in the middle of a write, or out of space from a call on, in turn."""
     found = faults(shim, tmp_path, "sample")
     assert found["wrong"] == {}
     assert found["calls"] >= 60 and found["cases"] == -(-found["calls"] // 5)
+    record_property("figure", f"sample: {found['cases']} of {found['calls']} calls")
 
 
 @pytest.mark.slow
-def test_faults_at_every_call_of_a_save(shim: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.faults("F02", "kill before each file-system call of a save")
+@pytest.mark.faults("F03", "kill in the middle of each write of a save")
+@pytest.mark.faults("F28", "no space from each call of a save on")
+def test_faults_at_every_call_of_a_save(shim: Path, tmp_path: Path, record_property: Any) -> None:
     found = faults(shim, tmp_path, "all")
     assert found["wrong"] == {}
     assert found["cases"] == 3 * found["calls"] and found["calls"] >= 60
-    with capsys.disabled():
-        print(f"\n{found['cases']} faults at {found['calls']} calls of one save: all resumed to the same bits")
+    record_property("figure", f"{found['calls']} calls, {found['cases']} faults, all ended the same")
 
 
 # -- a run's folder ---------------------------------------------------------------------------------------------------
@@ -474,6 +482,7 @@ def state(folder: Path, step: int = 3) -> bytes:
     return (folder / f"checkpoints/step-{step:08d}/state/training.safetensors").read_bytes()
 
 
+@pytest.mark.faults("F38", "one flipped bit, and a resume")
 def test_a_run_falls_back_and_says_so(run: Path, finished: Path, qwen25: Path, chat: Path, capsys: Any) -> None:
     flip(run / "checkpoints/step-00000002/state/random.safetensors", 300, 2)
     out = runs.quiet_train(run_in(run, qwen25, chat))
@@ -483,6 +492,7 @@ def test_a_run_falls_back_and_says_so(run: Path, finished: Path, qwen25: Path, c
     assert Store(run / "checkpoints").newest(pytest.fail).step == 3  # type: ignore[union-attr]
 
 
+@pytest.mark.faults("F46", "a flipped bit in every checkpoint")
 def test_a_run_never_starts_over_silently(run: Path, qwen25: Path, chat: Path) -> None:
     for step in (1, 2):
         flip(run / f"checkpoints/step-{step:08d}/state/training.safetensors", 5000, 1)
@@ -491,6 +501,7 @@ def test_a_run_never_starts_over_silently(run: Path, qwen25: Path, chat: Path) -
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
 
 
+@pytest.mark.faults("F43", "a manifest made anew for tensors of other shapes")
 @pytest.mark.parametrize("kind", ["param", "exp_avg"])
 def test_other_shapes_are_refused_before_anything_is_touched(run: Path, qwen25: Path, chat: Path, kind: str) -> None:
     """A manifest that was edited consistently (F43)."""
@@ -525,6 +536,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.faults("F47", "a checkpoint of a run with other options")
+@pytest.mark.faults("F70", "another seed, batch, rate, rank, precision, ...")
 @pytest.mark.parametrize("field", CHANGES)
 def test_another_run_is_refused_and_the_field_is_named(run: Path, qwen25: Path, chat: Path, field: str) -> None:
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
@@ -535,6 +548,7 @@ def test_another_run_is_refused_and_the_field_is_named(run: Path, qwen25: Path, 
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.faults("F63", "a row more; two rows swapped")
 def test_other_data_is_refused(run: Path, qwen25: Path, chat: Path, tmp_path: Path) -> None:
     """A row more, and a row changed."""
     shutil.copytree(chat.parent / "images", tmp_path / "more/images")
@@ -545,6 +559,7 @@ def test_other_data_is_refused(run: Path, qwen25: Path, chat: Path, tmp_path: Pa
             runs.quiet_train(run_in(run, qwen25, tmp_path / "more/train.jsonl"))
 
 
+@pytest.mark.faults("F47", "a base model with other weights")
 def test_another_base_is_refused(run: Path, qwen25: Path, chat: Path, tmp_path: Path) -> None:
     """The same config with other weights: an adapter on another base is another model."""
     other = tiny.make_model(tmp_path / "other", seed=7)
@@ -552,6 +567,7 @@ def test_another_base_is_refused(run: Path, qwen25: Path, chat: Path, tmp_path: 
         runs.quiet_train(run_in(run, other, chat))
 
 
+@pytest.mark.faults("F69", "another number of workers at a resume")
 def test_how_and_where_a_run_is_computed_may_change(
     run: Path, finished: Path, qwen25: Path, chat: Path, tmp_path: Path
 ) -> None:

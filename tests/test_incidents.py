@@ -100,9 +100,13 @@ CASES: dict[str, Case] = {
                 stays=True),
     "F56": Case({"after_step": faults.nan_moment}, "bad_state", None, None, [], ["roll_back"], same_end=True),
 }  # fmt: skip
+WHAT = {
+    "F48": "a NaN in a weight", "F49": "an activation overflows", "F50": "a NaN in a picture or its cached features",
+    "F51": "a derivative that is NaN", "F54": "a gradient that is infinite", "F56": "a NaN in a second moment",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.faults(n[:3], WHAT[n[:3]])) for n in CASES])
 def test_planted_faults(
     name: str, family: str, base: Path, data: Path, whole: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
@@ -163,6 +167,7 @@ def check_details(name: str, i: dict[str, Any], places: Any) -> None:
 # -- faults that are no fault of a module ------------------------------------------------------------------------------
 
 
+@pytest.mark.faults("F57", "a gradient that is NaN the first time only")
 def test_a_transient_fault_is_counted_and_the_second_stops(
     family: str, base: Path, data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -201,6 +206,7 @@ def test_looking_into_a_step_changes_nothing_after_it(
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[1])
 
 
+@pytest.mark.faults("F52", "all labels of a sample masked")
 def test_samples_without_targets_are_dropped_and_the_others_train(base: Path, data: Path, tmp_path: Path) -> None:
     """F52: three of the rows train nothing once they are cut: NO_TARGETS in the ledger, and no loss is NaN."""
     rows = data.read_text().splitlines()
@@ -218,6 +224,7 @@ def test_samples_without_targets_are_dropped_and_the_others_train(base: Path, da
     assert out.summary["applied_steps"] == 8 and all(math.isfinite(loss) for loss in out.summary["losses"])
 
 
+@pytest.mark.faults("F52", "an objective that divides by no targets")
 def test_a_loss_that_divides_by_no_targets(base: Path, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """F52 where an objective averages sample by sample: the one whose labels are all masked is named, and no module."""
 
@@ -243,6 +250,7 @@ def test_a_loss_that_divides_by_no_targets(base: Path, data: Path, tmp_path: Pat
     assert replay(found["path"], QUIET) == 0
 
 
+@pytest.mark.faults("F58", "the loss a thousandfold")
 def test_a_spike_is_logged_and_hides_nothing(
     family: str, base: Path, data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -274,6 +282,7 @@ def test_a_spike_is_logged_and_hides_nothing(
         monkeypatch.setattr(session_module, "write_report", lambda folder: folder)
 
 
+@pytest.mark.faults("F59", "a held-out loss that is NaN")
 def test_a_held_out_loss_that_is_nan_is_never_the_best(
     base: Path, data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -72,6 +72,7 @@ def assert_equal(a: PackedRow, b: PackedRow) -> None:
         assert same, name
 
 
+@pytest.mark.faults("F69", "ids, pixels and order with 0, 1 and 2 workers")
 def test_workers_change_nothing(tmp_path: Path, qwen25: Path, data: Path) -> None:
     """Ids, pixels and order are equal with 0, 1 and 2 workers, and from a later step on."""
     p = prepared(tmp_path, qwen25, data, train={"epochs": 2, "max_steps": None})
@@ -160,6 +161,7 @@ def test_known_pictures_have_no_pixels(tmp_path: Path, qwen25: Path, data: Path)
         assert len(pipe.reread(with_pictures.members).pixel_image) == len(with_pictures.image_keys)
 
 
+@pytest.mark.faults("F22", "SIGKILL to a worker that has a sample")
 def test_a_killed_worker_is_named_with_its_samples(tmp_path: Path, qwen25: Path, data: Path, monkeypatch: Any) -> None:
     p = prepared(tmp_path, qwen25, data, batch={"samples": 4, "packing": False}, train={"epochs": 1, "max_steps": None})
     doomed = int(list(p.plan.steps())[6].members[1])
@@ -224,6 +226,7 @@ def own_pictures(folder: Path, rows: int) -> Path:
     return path
 
 
+@pytest.mark.faults("F61", "a picture is deleted after it was indexed")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_removed_picture_drops_its_sample_and_no_other(tmp_path: Path, qwen25: Path, workers: int) -> None:
     """The loss of its step is that of the step without the sample, not of one with fewer or zero tokens in it."""
@@ -303,6 +306,7 @@ def after(action: Any) -> Any:
     return built
 
 
+@pytest.mark.faults("F61", "more of them than the limit")
 def test_too_many_drops_at_load_end_the_run(tmp_path: Path, qwen25: Path, monkeypatch: Any) -> None:
     """`data.max_dropped` holds for them too; the message names the reason and the count."""
     run = runs.located(tmp_path / "run", qwen25, own_pictures(tmp_path, 24), train={"epochs": 1, "max_steps": None},

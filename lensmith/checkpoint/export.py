@@ -63,12 +63,12 @@ def write_model(
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = _converted(model.state_dict(), types)
-    restore = _set_dtypes(model.config, types)
+    restore = saved_config(model, types)
     try:
         model.save_pretrained(folder, state_dict=state, max_shard_size=f"{shard_gb}GB", safe_serialization=True)
     finally:
         restore()
-    _fix_config(folder / "config.json", types)
+    finish_config(folder / "config.json", types)
     carry(folder, base, pixels)
     verify_dtypes(folder, types)
 
@@ -85,8 +85,9 @@ def _converted(state: dict[str, torch.Tensor], types: SavedTypes) -> dict[str, t
     return out
 
 
-def _set_dtypes(config: Any, types: SavedTypes) -> Any:
+def saved_config(model: Any, types: SavedTypes) -> Callable[[], None]:
     """Set root and sub-config dtypes for the time of a save; returns what puts them back."""
+    config = model.config
     names = [n for n in getattr(config, "sub_configs", {}) if getattr(config, n, None) is not None]
     configs = {"": config, **{name: getattr(config, name) for name in names}}
     before = [(c, c.dtype) for c in configs.values()]
@@ -100,7 +101,7 @@ def _set_dtypes(config: Any, types: SavedTypes) -> Any:
     return restore
 
 
-def _fix_config(path: Path, types: SavedTypes) -> None:
+def finish_config(path: Path, types: SavedTypes) -> None:
     """save_pretrained sets the root to the dtype of the live model's first parameter, not of the given tensors."""
     config = json.loads(path.read_text(encoding="utf-8"))
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
@@ -124,16 +125,14 @@ def write_adapter(
     *,
     revision: str | None = None,
     pixels: dict[str, int] | None = None,
+    state: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """A PEFT adapter folder; its tensors in `dtype` (float32 unless told otherwise)."""
-    from peft import get_peft_model_state_dict
+    """A PEFT adapter folder; its tensors in `dtype` (float32 unless told otherwise). `state`: those of `adapter_state`,
+    where they had to be gathered."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        n: t.detach().to(dtype).cpu().contiguous()
-        for n, t in get_peft_model_state_dict(peft, save_embedding_layers=False).items()
-    }
+    state = {n: t.to(dtype).cpu().contiguous() for n, t in (state or adapter_state(peft)).items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = peft.peft_config["default"]
     before = (config.base_model_name_or_path, config.inference_mode, config.revision)
@@ -142,6 +141,16 @@ def write_adapter(
     config.base_model_name_or_path, config.inference_mode, config.revision = before
     carry(folder, base, pixels)
     verify_dtypes(folder, SavedTypes.all(dtype), config=False)
+
+
+def adapter_state(peft: Any, trained: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter in PEFT's names. `trained`: what trains, by the model's names, where the model holds
+    only shares of it."""
+    from peft import get_peft_model_state_dict
+
+    state = None if trained is None else {f"base_model.model.{name}": t for name, t in trained.items()}
+    found = get_peft_model_state_dict(peft, state_dict=state, save_embedding_layers=False)
+    return {n: t.detach() for n, t in found.items()}
 
 
 def carry(folder: Path, base: Path, pixels: dict[str, int] | None) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lensmith.core.errors import RunError
+from lensmith.parallel.ranks import Ranks, attempt
 
 SCHEMA = 1
 MANIFEST = "MANIFEST.json"
@@ -49,33 +50,31 @@ class Damaged(Exception):
 class Store:
     """The checkpoints of one run folder."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, ranks: Ranks | None = None):
         self.folder = folder
+        self.ranks = ranks or Ranks()
         self._damaged: set[int] = set()
 
-    def publish(self, step: int, write: Callable[[Path], None], about: dict[str, Any]) -> Published:
-        """Make checkpoint `step` out of what `write` puts into an empty folder.
+    def publish(
+        self, step: int, write: Callable[[Path], None], about: dict[str, Any], ranks: Ranks | None = None
+    ) -> Published:
+        """Make checkpoint `step` out of what `write` puts into an empty folder. With several ranks all of them call it;
+        each writes files of other names, and the first one publishes when all are done. `ranks`: others than the
+        store's own, for a thread.
 
         Raises `RunError` SAVE when the disk refuses. Whatever is raised, the staging folder is gone and all earlier
         checkpoints stand.
         """
+        ranks = ranks or self.ranks
         target = self.path(step)
-        staging = self.folder / f".staging-{step:08d}-{os.getpid()}"
+        staging = self.folder / f".staging-{step:08d}-{ranks.broadcast_json(os.getpid(), 'begin a checkpoint')}"
+        manifest: dict[str, Any] = {}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
-            write(staging)
-            manifest = {"schema": SCHEMA, "step": step, **about, "files": _hash_all(staging)}
+            _on_main(ranks, "make the staging folder", lambda: self._begin(staging))
+            files = self._written(staging, write, ranks)
+            manifest = {"schema": SCHEMA, "step": step, **about, "files": files}
             manifest["seal"] = _seal(manifest)
-            _write_synced(staging / MANIFEST, _manifest_text(manifest))
-            for sub in [p for p in staging.rglob("*") if p.is_dir()]:
-                sync_folder(sub)
-            sync_folder(staging)
-            if target.exists():  # one that did not verify, or the run would not have come back to this step
-                self._trash(target)
-            os.rename(staging, target)
-            sync_folder(self.folder)
+            _on_main(ranks, "publish the checkpoint", lambda: self._commit(staging, target, manifest))
             self._damaged.discard(step)
         except BaseException as error:
             shutil.rmtree(staging, ignore_errors=True)
@@ -84,12 +83,42 @@ class Store:
             raise
         return Published(target, manifest)
 
+    def _begin(self, staging: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+
+    def _written(self, staging: Path, write: Callable[[Path], None], ranks: Ranks) -> dict[str, Any]:
+        """What all ranks wrote: name -> size and hash. Each hashes its own."""
+        if not ranks.several:
+            write(staging)
+            return _hash_all(staging)
+        own = staging / f".rank-{ranks.rank}"
+
+        def mine() -> dict[str, Any]:
+            own.mkdir()
+            write(own)
+            return _hash_all(own)
+
+        each = ranks.gather_json(ranks.together("write a checkpoint", mine), "count files")
+        _on_main(ranks, "put files together", lambda: _join(staging, each))
+        return {name: entry for files in each for name, entry in sorted(files.items())}
+
+    def _commit(self, staging: Path, target: Path, manifest: dict[str, Any]) -> None:
+        _write_synced(staging / MANIFEST, _manifest_text(manifest))
+        for sub in [p for p in staging.rglob("*") if p.is_dir()]:
+            sync_folder(sub)
+        sync_folder(staging)
+        if target.exists():  # one that did not verify, or the run would not have come back to this step
+            self._trash(target)
+        os.rename(staging, target)
+        sync_folder(self.folder)
+
     def _refused(self, step: int, error: Exception) -> RunError:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         hint = ""
         if getattr(error, "errno", None) in FULL or any(f"os error {number}" in reason for number in FULL):
-            free = shutil.disk_usage(self.folder).free if self.folder.exists() else 0
-            hint = f"; {free >> 20:,} MiB are free"
+            hint = f"; {_free(self.folder)} are free"
             if steps := self.steps():
                 hint += f", the last checkpoint has {_size(self.path(steps[-1])) / 2**20:,.1f} MiB"
         return RunError("SAVE", f"checkpoint {step} could not be written: {reason}{hint}", where=str(self.path(step)),
@@ -154,6 +183,22 @@ class Store:
         trash = path.with_name(f".trash-{path.name}-{os.getpid()}-{time.time_ns()}")
         os.rename(path, trash)
         shutil.rmtree(trash, ignore_errors=True)
+
+
+def _on_main(ranks: Ranks, what: str, work: Callable[[], None]) -> None:
+    """`work` on the first rank; all of them wait for it, and fail where it fails."""
+    error = attempt(work)[1] if ranks.is_main else None
+    ranks.all_well(error, what)
+
+
+def _join(staging: Path, each: list[dict[str, Any]]) -> None:
+    """Move the files of every rank to where they belong."""
+    for rank, files in enumerate(each):
+        own = staging / f".rank-{rank}"
+        for name in files:
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            os.rename(own / name, staging / name)
+        shutil.rmtree(own)
 
 
 def verify(folder: Path) -> Published:
@@ -221,6 +266,15 @@ def _inside(name: str) -> bool:
     """A name that stays in its folder."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name
+
+
+def _free(folder: Path) -> str:
+    """Bytes, and files where the file system counts them: either may run out."""
+    if not folder.exists():
+        return "0 MiB"
+    found = os.statvfs(folder)
+    files = f"{found.f_favail:,} files and " if found.f_files else ""
+    return f"{files}{found.f_bavail * found.f_frsize >> 20:,} MiB"
 
 
 def _size(folder: Path) -> int:

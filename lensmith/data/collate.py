@@ -135,7 +135,8 @@ def load_row(
             if member.tokens >= 0 and encoded.num_tokens != member.tokens:
                 raise Drop("CHANGED", f"{encoded.num_tokens} tokens, {member.tokens} in the index")
             kept.append((member, encoded, pictures.add(member.at.file, encoded, origin)))
-        except Drop as drop:
+        except (Drop, MemoryError) as problem:
+            drop = problem if isinstance(problem, Drop) else Drop("OOM", "its pictures do not fit into memory")
             dropped.append((member.number, drop.reason, drop.detail))
     return _join(kept, pictures, tuple(dropped))
 

@@ -8,11 +8,10 @@ million pictures a wrong pair is expected in three of a million runs.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
@@ -27,6 +26,7 @@ from lensmith.data.index import Index
 from lensmith.data.load import Loader, LoaderSpec, portable, said_by
 from lensmith.data.media_open import open_rgb
 from lensmith.data.readers import RowRef
+from lensmith.data.workers import Workers
 
 pc: Any = pyarrow.compute  # its functions are made at import: no stub knows them
 
@@ -249,8 +249,7 @@ def _spread(index: Index, rows: Iterable[_Row], workers: int) -> Iterator[tuple[
             yield [row.number for row in chunk], chunk[-1].stop, _read(loader, chunk)
         return
     waiting: deque[tuple[list[int], int, Future[_Found]]] = deque()
-    context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(index.spec,))
+    pool = Workers(workers, _start, (index.spec,))
     try:
         for chunk in chunks:
             waiting.append(([row.number for row in chunk], chunk[-1].stop, pool.submit(_work, chunk)))
@@ -264,7 +263,7 @@ def _spread(index: Index, rows: Iterable[_Row], workers: int) -> Iterator[tuple[
         raise RunError("DATA_WORKER", "a process that reads the pictures died",
                        remedy="look for an out-of-memory kill; lower data.image.max_pixels") from None  # fmt: skip
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown()
 
 
 _worker: dict[str, Loader] = {}

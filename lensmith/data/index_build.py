@@ -6,11 +6,10 @@ is kept.
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,6 +27,7 @@ from lensmith.data.index_store import Writer, changed_rows, open_stored, read_st
 from lensmith.data.load import Loader, LoaderSpec
 from lensmith.data.measure import measure
 from lensmith.data.readers import RowRef
+from lensmith.data.workers import Workers
 
 pc: Any = pyarrow.compute  # its functions are made at import: no stub knows them
 
@@ -170,7 +170,7 @@ class Pool:
 
     def __init__(self, spec: LoaderSpec, workers: int):
         self.spec, self.workers = spec, workers
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: Workers | None = None
         self._measured = 0
 
     @cached_property
@@ -183,7 +183,7 @@ class Pool:
 
     def __exit__(self, *exc: object) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.shutdown()
 
     def measure(self, loader: Loader, number: int, refs: Iterable[RowRef], told: Told) -> Iterator[pa.RecordBatch]:
         """The index rows of `refs`, in order."""
@@ -200,10 +200,7 @@ class Pool:
 
     def _spread(self, number: int, chunks: Iterator[list[RowRef]]) -> Iterator[tuple[list[RowRef], pa.RecordBatch]]:
         if self._pool is None:
-            context = multiprocessing.get_context("fork")
-            self._pool = ProcessPoolExecutor(
-                self.workers, mp_context=context, initializer=_start_worker, initargs=(self.spec,)
-            )
+            self._pool = Workers(self.workers, _start_worker, (self.spec,))
         waiting: deque[tuple[list[RowRef], Future[pa.RecordBatch]]] = deque()
         try:
             for chunk in chunks:

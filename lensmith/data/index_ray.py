@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,27 +20,31 @@ LOCAL = "local"
 
 
 @contextmanager
-def cluster(address: str) -> Iterator[None]:
+def cluster(address: str, ranks: int = 0) -> Iterator[bool]:
     """A connection to the cluster at `address` (`auto`, or where it is), or a Ray of this machine's own for `local`.
-    One that is there already is used and left.
+    One that is there already is used and left. Yields whether it has GPUs.
+
+    Args:
+        ranks: processes that a local Ray must take, however few processors there are.
 
     Raises ConfigError EXTRA without Ray, RAY when no cluster answers.
     """
     ray = _ray()
     if ray.is_initialized():
-        yield
+        yield ray.cluster_resources().get("GPU", 0) > 0
         return
     try:
         _reach(address)
         ray.init(
             address=None if address == LOCAL else address, include_dashboard=False, log_to_driver=False,
             logging_level=logging.ERROR,
+            num_cpus=max(ranks, len(os.sched_getaffinity(0))) if address == LOCAL else None,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError("RAY", f"no Ray cluster at {address!r}: {error}",
                           remedy="start one with `ray start --head`, or use --ray local") from None  # fmt: skip
     try:
-        yield
+        yield ray.cluster_resources().get("GPU", 0) > 0
     finally:
         ray.shutdown()
 

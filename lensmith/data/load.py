@@ -91,6 +91,8 @@ class LoaderSpec:
     videos: VideoLimits = field(default_factory=VideoLimits)
     decode: bool = False
     """Decode every picture while indexing, to find those that fail only then."""
+    decode_timeout: float | None = None
+    """Seconds in which a worker must have read a sample."""
 
     def build(self) -> Loader:
         return Loader(self)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import os
 import re
 import stat
@@ -246,9 +247,15 @@ def _check_kind(path: Path) -> None:
         raise Drop("PATH_KIND", "a folder" if stat.S_ISDIR(mode) else "not a regular file")
 
 
+_NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What the process lacks: every picture would be refused alike."""
+
+
 def _unreadable(error: OSError) -> Drop:
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return Drop("IMG_MISSING", "no such file")
+    if error.errno in _NOT_THE_FILE:
+        raise error
     return Drop("IMG_READ", os.strerror(error.errno or 0))
 
 

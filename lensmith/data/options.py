@@ -142,6 +142,9 @@ class Data(Part):
     workers: int | None = Field(default=None, ge=0)
     """Processes that read and decode ahead of training. Left out: one less than the processors this process may use,
     at most 4; 0 reads in the training process."""
+    decode_timeout: float | None = Field(default=300.0, gt=0)
+    """Seconds in which a data worker must have read a sample. One that takes longer is dropped with DECODE_TIMEOUT, and
+    its process replaced. null: wait for ever. With `workers: 0` nothing can be ended."""
     cache: str | None = None
     """Folder of the index cache. Left out: `$LENSMITH_CACHE` or `~/.cache/lensmith`."""
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from lensmith.core.encoded import PackedRow
-from lensmith.core.errors import RunError
+from lensmith.core.errors import Drop, RunError
 from lensmith.data.collate import Member, load_row
 from lensmith.data.index import Index
 from lensmith.data.load import Loader, LoaderSpec, SourceFile
 from lensmith.data.placement import Limits, place
 from lensmith.data.plan import Plan, Step
+from lensmith.data.workers import Workers
 
 
 @dataclass(slots=True)
@@ -51,13 +49,23 @@ class Cost:
     """Dearest micro-batch over the mean of those that hold anything, over all ranks."""
 
 
+@dataclass(slots=True)
+class _Row:
+    """A row that workers read: its members with the pictures that were known, and `late`, those that took too long."""
+
+    members: list[Member]
+    known: dict[str, str]
+    found: Future[PackedRow]
+    late: tuple[tuple[int, str, str], ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class _Waiting:
     """A step that workers read: its micro-batches, and the rows handed out so far."""
 
     step: Step
     members: list[list[Member]]
-    rows: list[Future[PackedRow]]
+    rows: list[_Row]
     cost: Cost
 
 
@@ -75,16 +83,7 @@ _worker: dict[str, Loader] = {}
 
 
 def _start_worker(spec: LoaderSpec) -> None:
-    threading.Thread(target=end_with_parent, daemon=True).start()
     _worker["loader"] = spec.build()
-
-
-def end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever: its siblings hold the pipe open."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _work(members: list[Member], known: dict[str, str], files: tuple[SourceFile, ...] | None = None) -> PackedRow:
@@ -95,10 +94,13 @@ def _work(members: list[Member], known: dict[str, str], files: tuple[SourceFile,
     return load_row(loader, members, known)
 
 
-def start_pool(workers: int, spec: LoaderSpec) -> ProcessPoolExecutor:
-    """Processes that read rows for `Pipeline`."""
-    context = multiprocessing.get_context("fork")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(spec,))
+def _idle() -> None:
+    pass
+
+
+def start_pool(workers: int, spec: LoaderSpec) -> Workers:
+    """Processes that read rows for `Pipeline`. Raises `RunError` WORKERS."""
+    return Workers(workers, _start_worker, (spec,))
 
 
 @dataclass
@@ -113,7 +115,7 @@ class Pipeline:
     known: Known = no_picture_known
     rank: int = 0
     ranks: int = 1
-    pool: ProcessPoolExecutor | None = None
+    pool: Workers | None = None
     """Processes of somebody else's, who ends them; None: own ones."""
     loader: Loader | None = None
 
@@ -161,7 +163,7 @@ class Pipeline:
             yield from self._ahead(pool, plan)
         finally:
             if self.pool is None:
-                pool.shutdown(wait=True, cancel_futures=True)
+                pool.shutdown()
 
     def pictures(self, patches: int) -> Iterator[tuple[int, PackedRow]]:
         """(samples done, row) over all samples with pictures in index order, about `patches` patches a row: for
@@ -183,21 +185,24 @@ class Pipeline:
         if chunk:
             yield done, self._read(chunk, self._known_of(chunk))
 
-    def _ahead(self, pool: ProcessPoolExecutor, plan: Iterator[Step]) -> Iterator[StepRows]:
+    def _ahead(self, pool: Workers, plan: Iterator[Step]) -> Iterator[StepRows]:
         waiting: deque[_Waiting] = deque()
-        files = self.index.spec.files if self.pool is not None else None
         try:
             for step in plan:
                 members, cost = self.placed(step)
                 waiting.append(_Waiting(step, members, [], cost))
                 for row in members:
-                    waiting[-1].rows.append(pool.submit(_work, row, self._known_of(row), files))
+                    known = self._known_of(row)
+                    waiting[-1].rows.append(_Row(row, known, self._hand_out(pool, row, known)))
                 if len(waiting) > self.ahead:
-                    yield self._collect(waiting)
+                    yield self._collect(pool, waiting)
             while waiting:
-                yield self._collect(waiting)
+                yield self._collect(pool, waiting)
         except BrokenProcessPool:
             raise self._worker_died(waiting) from None
+
+    def _hand_out(self, pool: Workers, members: list[Member], known: dict[str, str]) -> Future[PackedRow]:
+        return pool.submit(_work, members, known, self.index.spec.files if self.pool is not None else None)
 
     def _known_of(self, members: list[Member]) -> dict[str, str]:
         """The known pictures that these members show."""
@@ -205,17 +210,57 @@ class Pipeline:
             return {}
         return self.known([h for m in members for h in self.index.handles(m.number)])
 
-    def _collect(self, waiting: deque[_Waiting]) -> StepRows:
+    def _collect(self, pool: Workers, waiting: deque[_Waiting]) -> StepRows:
         begin = time.perf_counter()
-        rows = [future.result() for future in waiting[0].rows]
+        for row in waiting[0].rows:
+            try:
+                self._wait(row)
+            except TimeoutError:
+                self._without_late(pool, row, waiting)
+        rows = [_with_late(row) for row in waiting[0].rows]
         done = waiting.popleft()
         return self._finish(done.step, rows, time.perf_counter() - begin, done.cost)
+
+    def _without_late(self, pool: Workers, row: _Row, waiting: deque[_Waiting]) -> None:
+        """A row took longer than one sample may: a sample hangs, or there are many. Each of them is read alone by a
+        process of its own; those that take too long are dropped, and everything that was not read begins again."""
+        pool.restart()
+        late = [member for member in row.members if not self._in_time(member)]
+        detail = Drop("DECODE_TIMEOUT", f"not read within {self.index.spec.decode_timeout:g} s")
+        row.late = tuple((m.number, detail.reason, detail.detail) for m in late)
+        row.members = [m for m in row.members if m not in late]
+        for other in (r for w in waiting for r in w.rows):
+            if other is row or not _is_read(other.found):
+                other.found = self._hand_out(pool, other.members, other.known)
+        try:
+            self._wait(row, 1 + len(row.members))
+        except TimeoutError:
+            origins = ", ".join(self.index.origins([m.number for m in row.members][:SHOWN_ORIGINS]))
+            remedy = "look at their disk, then run again; or raise data.decode_timeout"
+            raise RunError("DATA_WORKER", f"reading these samples together never ends: {origins}",
+                           remedy=remedy) from None  # fmt: skip
+
+    def _wait(self, row: _Row, samples: int = 1) -> None:
+        """Until a row is read; raises `TimeoutError` after the time that so many samples may take."""
+        most = self.index.spec.decode_timeout
+        row.found.result(None if most is None else samples * most)
+
+    def _in_time(self, member: Member) -> bool:
+        alone = start_pool(1, self.index.spec)
+        try:
+            alone.submit(_idle).result()  # until it has begun, which does not count
+            alone.submit(_work, [member], {}).result(self.index.spec.decode_timeout)
+        except TimeoutError:
+            return False
+        finally:
+            alone.kill()
+        return True
 
     def _worker_died(self, waiting: deque[_Waiting]) -> RunError:
         """Rows are handed out in order: the first unfinished ones were being read."""
         unread: list[tuple[Step, list[Member]]] = []
         for w in waiting:
-            done = [f.done() and not f.cancelled() and f.exception() is None for f in w.rows]
+            done = [_is_read(row.found) for row in w.rows]
             unread += [(w.step, row) for n, row in enumerate(w.members) if n >= len(done) or not done[n]]
         numbers = [m.number for _, row in unread[: self.workers] for m in row]
         origins = self.index.origins(numbers)
@@ -254,6 +299,15 @@ class Pipeline:
             cost=cost,
             index=self.index,
         )
+
+
+def _is_read(found: Future[PackedRow]) -> bool:
+    return found.done() and not found.cancelled() and found.exception() is None
+
+
+def _with_late(row: _Row) -> PackedRow:
+    found = row.found.result()
+    return replace(found, dropped=found.dropped + row.late) if row.late else found
 
 
 def _spread(values: list[float]) -> float:

@@ -16,7 +16,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -32,11 +31,12 @@ from lensmith.data.index import SCHEMA, Index
 from lensmith.data.lanes import Lanes, LaneSpec
 from lensmith.data.load import Loader, LoaderSpec
 from lensmith.data.measure import measure_row, wrong_row
-from lensmith.data.pipeline import Known, Pipeline, StepRows, end_with_parent, no_picture_known, start_pool
+from lensmith.data.pipeline import Known, Pipeline, StepRows, no_picture_known, start_pool
 from lensmith.data.placement import Limits
 from lensmith.data.plan import Plan, Step
 from lensmith.data.readers.base import StreamRow
 from lensmith.data.spool import SUFFIX, SpoolWriter
+from lensmith.data.workers import Workers, end_with_parent
 
 pc: Any = pyarrow.compute  # its functions are made at import: no stub knows them
 
@@ -246,7 +246,7 @@ class StreamPipeline:
             if windows is not None:
                 windows.close()
             if pool is not None:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown()
             forget_windows(self.spec.folder, last)
 
     def _changed(self, number: int) -> RunError:
@@ -254,9 +254,7 @@ class StreamPipeline:
                         where=str(window_folder(self.spec.folder, number)),
                         remedy="restore the training data, or start in a new output folder")  # fmt: skip
 
-    def _of_window(
-        self, window: Window, index: Index, used: int, pool: ProcessPoolExecutor | None
-    ) -> Iterator[StepRows]:
+    def _of_window(self, window: Window, index: Index, used: int, pool: Workers | None) -> Iterator[StepRows]:
         if not len(index.trainable):
             if not window.ended:
                 raise _nothing_trains(index)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -24,14 +24,25 @@ from lensmith.engine.hooks import Seen, Trace, backward_hooks, forward_hooks, is
 from lensmith.engine.optimizer import MasterAdamW
 from lensmith.engine.scale import LossScale
 from lensmith.engine.step import Terms, backward
+from lensmith.parallel.ranks import Ranks
+from lensmith.parallel.shares import local
 
 Cause = Literal[
-    "bad_input", "no_targets", "bad_weights", "forward_overflow", "backward_only", "loss", "ranks_differ", "other_rank",
+    "bad_input", "no_targets", "bad_weights", "forward_overflow", "backward_only", "loss", "ranks_differ",
     "transient", "bad_state", "overflow",
 ]  # fmt: skip
 
 RERUNS = 3
 """A fault that does not come again in so many runs is transient."""
+
+
+@dataclass(frozen=True)
+class InStep:
+    """Ranks that hold shares of one model examine a step together: each runs as many passes as the others, over the
+    same modules. `even`: a row that does so; of None, one of which nothing is trained."""
+
+    ranks: Ranks
+    even: Callable[[Any], Any]
 
 
 @dataclass
@@ -50,12 +61,21 @@ class Scene:
     part_of: Callable[[str], str]
     random: Snapshot
     scale: LossScale | None = None
+    in_step: InStep | None = None
+    """Where an engine spreads the model over ranks."""
 
     def gradient(self, row: Any) -> torch.Tensor:
         """Forward and backward of one row on top of the gradients so far; the loss sum."""
         loss = self.root(row)["loss"][0]
-        backward(loss, self.count, self.scale)
+        self.backward(loss)
         return loss.detach()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        backward(loss, self.count, self.optimizer, self.scale, last=self.in_step is not None)
+
+    def any(self, flag: bool) -> bool:
+        """Whether a rank says so, where the ranks examine together; else whether this one does."""
+        return flag if self.in_step is None else self.in_step.ranks.any(flag, "examine a step")
 
     def gradient_norms(self) -> dict[str, float]:
         """Parameter -> norm of its gradient so far."""
@@ -88,6 +108,10 @@ class Finding:
     reruns: int = 0
     random: tuple[dict[str, torch.Tensor], str] | None = None
     """The random state just before the row, as `random_state` gives it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the random state, which is each rank's own."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "random"}
 
 
 @dataclass
@@ -136,21 +160,28 @@ def _rerun(scene: Scene) -> _Fault | None:
     for number, row in enumerate(scene.rows):
         before, random = Snapshot(), random_state()
         row = scene.refresh(row)
+        if scene.in_step is not None:  # its gradients are exchanged with each row
+            scene.optimizer.zero_grad()
         with forward_hooks(scene.model) as trace:
             loss = scene.root(row)["loss"][0]
         fault = _Fault(number, row, random, before, loss.detach(), trace)
-        if not fault.shows:
-            backward(loss, scene.count, scene.scale)
+        if not scene.any(fault.shows):
+            scene.backward(loss)
             fault.norms = scene.gradient_norms()
-        if fault.shows:
-            return fault
+            if not scene.any(fault.shows):
+                continue
+        return fault
     return None
 
 
 def _classified(scene: Scene, fault: _Fault) -> Finding:
-    bad_parameters = [n for n, p in scene.model.named_parameters() if not is_finite(p)]
+    bad_parameters = [n for n, p in scene.model.named_parameters() if not is_finite(local(p))]
+    forward_bad = bool(fault.trace.seen) or not is_finite(fault.loss)
+    elsewhere = scene.any(forward_bad) and not forward_bad
     seen = next((s for s in fault.trace.seen if not s.bad_input), None)
-    if bad_parameters:
+    if scene.any(bool(bad_parameters)):
+        if not bad_parameters:  # in another rank's share
+            return Finding("transient")
         own = next((s for s in fault.trace.seen if s.bad_parameters), None)
         found = _at(scene, "bad_weights", "forward", own or Seen(_owner(bad_parameters[0]), ""))
         found.bad_parameters = bad_parameters
@@ -161,6 +192,8 @@ def _classified(scene: Scene, fault: _Fault) -> Finding:
         found = _at(scene, "bad_input", "forward", fault.trace.seen[0])
     elif not is_finite(fault.loss):
         found = Finding("loss")
+    elif elsewhere:
+        found = Finding("transient")
     else:
         found = _backward(scene, fault)
     found.bad_gradients = fault.bad_gradients if found.direction == "backward" else []
@@ -185,14 +218,20 @@ def _backward(scene: Scene, fault: _Fault) -> Finding:
     scene.optimizer.zero_grad()
     with backward_hooks(scene.model) as seen:
         scene.gradient(scene.refresh(fault.row))
+    elsewhere = scene.any(bool(seen)) and not seen
     if seen:
         return _at(scene, "backward_only", "backward", seen[0])
+    if elsewhere or not fault.bad_gradients:  # another rank's rows
+        return Finding("transient")
     return _at(scene, "backward_only", "backward", Seen(_owner(fault.bad_gradients[-1]), ""))
 
 
 def _bisect(scene: Scene, fault: _Fault, found: Finding) -> None:
     """Each sample of the row alone. If all of them are bad, one of another row tells whether any sample would be. The
     only sample of a step is compared with none: it is at fault only if what came in was bad."""
+    if scene.in_step is not None:
+        _bisect_together(scene, scene.in_step, fault, found)
+        return
     members = list(fault.row.members)
     if len(members) == 1 and len(scene.rows) == 1 and found.cause in ("bad_input", "no_targets"):
         found.samples = members
@@ -203,11 +242,34 @@ def _bisect(scene: Scene, fault: _Fault, found: Finding) -> None:
     found.samples = [] if found.every_sample else bad
 
 
-def _is_bad(scene: Scene, fault: _Fault, sample: int) -> bool:
+def _bisect_together(scene: Scene, together: InStep, fault: _Fault, found: Finding) -> None:
+    """Each sample of the row at fault on the rank that has it; rows of which nothing is trained on the others."""
+    ranks, members = together.ranks, list(fault.row.members)
+    said = ranks.gather([float(found.cause != "transient"), len(members)], "say whose row it is")
+    owner = next((rank for rank, (mine, _) in enumerate(said) if mine), 0)
+    mine = ranks.rank == owner
+    bad = [
+        ranks.any(_is_bad(scene, fault, members[n] if mine else None), "try a sample")
+        for n in range(int(said[owner][1]))
+    ]
+    if not mine:
+        found.cause = "transient"
+        return
+    at_fault = [m for m, is_bad in zip(members, bad, strict=True) if is_bad]
+    found.every_sample = all(bad) and len(bad) > 1
+    found.samples = [] if found.every_sample or (len(bad) == 1 and found.cause != "bad_input") else at_fault
+
+
+def _is_bad(scene: Scene, fault: _Fault, sample: int | None) -> bool:
+    """`sample` None: another rank tries one of its own."""
     fault.before.restore()
     scene.optimizer.zero_grad()
-    row = scene.reread(sample)
-    if not row.members:  # its picture cannot be read any more
+    row = None if sample is None else scene.reread(sample)
+    if row is not None and not row.members:  # its picture cannot be read any more
+        row = None
+    if scene.in_step is not None:
+        row = scene.in_step.even(row)
+    if row is None:
         return False
     loss = scene.gradient(row)
     return _Fault(0, row, fault.random, fault.before, loss, Trace(), scene.gradient_norms()).shows

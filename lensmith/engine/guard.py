@@ -7,22 +7,24 @@ that is not finite. What went wrong so far is `History`; going back to a checkpo
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, cast
 
 import torch
-import torch.distributed as dist
 
 from lensmith.engine.hooks import extremes, is_finite
 from lensmith.engine.optimizer import MasterAdamW
 from lensmith.engine.options import Guard
+from lensmith.parallel.ranks import Ranks
 
 Action = Literal["skip", "roll_back", "stop"]
 
 RANKS_DIFFER = 1e-5
 """Gradient norms of ranks that have the same gradients differ by less than this share."""
+LARGEST = float(torch.finfo(torch.float32).max)
 
 
 @dataclass
@@ -63,22 +65,84 @@ class Flags:
         return not (self.loss_bad or self.norm_bad or self.disagree)
 
 
-def agreed(loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """[4] float32 on the device of `norm`: loss bad, norm bad, norm, -norm; the largest over ranks in one all-reduce
-    where there are several. `read_flags` takes it from the host."""
-    bad = torch.stack([~torch.isfinite(loss), ~torch.isfinite(norm)]).to(torch.float32)
-    known = torch.nan_to_num(norm.to(torch.float32), 0.0, 0.0, 0.0)
-    flags = torch.cat([bad, torch.stack([known, -known])])
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return flags
+@dataclass(frozen=True)
+class Figures:
+    """What all ranks know of a step behind its backward passes, from one exchange."""
+
+    loss: float
+    """Of the whole step."""
+    parts: dict[str, float]
+    """Norm of the gradient per part."""
+    flags: Flags
+    votes: tuple[float, ...]
+    """Of each question the largest answer."""
+    sources: tuple[tuple[float, float], ...]
+    """Of each source: sum of the losses and number of positions."""
+    seconds: tuple[float, ...]
+    """Of each rank."""
+
+    @property
+    def norm(self) -> float:
+        return _total(self.parts.values())
 
 
-def read_flags(values: Sequence[float]) -> Flags:
-    """`values`: those of `agreed`."""
-    loss_bad, norm_bad, high, low = values
-    finite = not (loss_bad or norm_bad)
-    return Flags(loss_bad > 0, norm_bad > 0, finite and high + low > RANKS_DIFFER * abs(high))
+@dataclass(frozen=True)
+class Mine:
+    """What one rank says. `whole`, `shares`: part -> norm of the gradients that every rank has, and of its shares of
+    those that are spread over ranks; float32 scalars on the device."""
+
+    loss: torch.Tensor
+    whole: dict[str, torch.Tensor]
+    shares: dict[str, torch.Tensor]
+    votes: Sequence[float] = ()
+    sources: Sequence[tuple[float, float]] = ()
+    seconds: float = 0.0
+    copies: int = 1
+    """Ranks that hold the same shares."""
+    scale: float = 1.0
+    """What the gradients are to be divided by."""
+
+
+def agree(mine: Mine, ranks: Ranks) -> Figures:
+    """One all-gather of a few numbers, and one transfer from the device. Every rank adds them up in the same order, so
+    all come to the same bits. The numbers of parts, votes and sources are the same on all ranks."""
+    norms = [*mine.whole.values(), *mine.shares.values()]
+    host = [*mine.votes, *(v for pair in mine.sources for v in pair), mine.seconds]
+    device = mine.loss.device
+    vector = torch.cat([
+        mine.loss.double()[None],
+        torch.stack(norms).double() if norms else torch.zeros(0, dtype=torch.float64, device=device),
+        torch.tensor(host, dtype=torch.float64, device=device),
+    ])  # fmt: skip
+    found = ranks.gather_tensor(vector, "agree on the step") if ranks.several else vector[None]
+    return read_figures(cast("list[list[float]]", found.tolist()), mine)
+
+
+def read_figures(rows: Sequence[Sequence[float]], mine: Mine) -> Figures:
+    """The numbers of every rank, by rank; `mine` says what they are."""
+    columns = list(zip(*rows, strict=True))
+    losses, columns = columns[0], columns[1:]
+    whole = dict(zip(mine.whole, columns, strict=False))
+    shares = dict(zip(mine.shares, columns[len(whole) :], strict=False))
+    host = columns[len(whole) + len(shares) :]
+    votes, pairs, seconds = host[: len(mine.votes)], host[len(mine.votes) : -1], host[-1]
+    totals = [_total(values) for values in zip(*whole.values(), strict=True)]  # of each rank: equal where all is well
+    squares = {part: values[0] ** 2 for part, values in whole.items()}
+    for part, values in shares.items():
+        squares[part] = squares.get(part, 0.0) + sum(v * v for v in values) / mine.copies
+    parts = {part: math.sqrt(square) / mine.scale for part, square in squares.items()}
+    norm_bad = not _total([*totals, *parts.values()]) <= LARGEST
+    disagree = bool(totals) and not norm_bad and max(totals) - min(totals) > RANKS_DIFFER * max(totals)
+    flags = Flags(not all(map(math.isfinite, losses)), norm_bad, disagree)
+    sums = [sum(values) for values in pairs]
+    return Figures(
+        sum(losses), parts, replace(flags, disagree=disagree and not flags.loss_bad),
+        tuple(max(v) for v in votes), tuple(zip(sums[::2], sums[1::2], strict=True)), tuple(seconds),
+    )  # fmt: skip
+
+
+def _total(norms: Iterable[float]) -> float:
+    return math.sqrt(sum(n * n for n in norms))
 
 
 def bad_state(optimizer: MasterAdamW) -> list[str]:

@@ -21,6 +21,7 @@ from lensmith.engine.schedule import factor
 from lensmith.engine.spikes import look
 from lensmith.engine.step import StepResult, Terms, run_step
 from lensmith.engine.watch import Watch
+from lensmith.parallel.ranks import Ranks
 
 
 class StepInput(Protocol):
@@ -30,9 +31,12 @@ class StepInput(Protocol):
     def step(self) -> Any: ...
 
     rows: list[Any]
+    """This rank's micro-batches."""
     num_samples: int
     num_tokens: int
     num_supervised: float
+    """These three are of all ranks."""
+    num_sources: int
     wait_seconds: float
 
 
@@ -64,10 +68,12 @@ class Loop:
     guard: Guard = field(default_factory=Guard)
     rescue: Rescue | None = None
     """None: a step that is not finite is left out without a look into it, and nothing can be gone back to."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """All of them run this loop, and take every turn of it together: what only one of them knows is asked before."""
 
     def __post_init__(self) -> None:
         self._rescuer = Rescuer(
-            self.guard, self.progress, self.optimizer, self.rescue, self.callbacks.event, self.first_step
+            self.guard, self.progress, self.optimizer, self.rescue, self.callbacks.event, self.first_step, self.ranks
         )
 
     def run(self, steps: Iterator[StepInput]) -> Progress:
@@ -80,26 +86,39 @@ class Loop:
         if self.is_over:  # an early stop whose run is started again stays stopped
             return self.progress
         with Signals() as signals:
-            while self._pass(steps, signals) or (self._saved_at != self.progress.step and not self._save(None)):
+            self._signals = signals
+            while self._pass(steps) or (self._saved_at != self.progress.step and not self._save(None)):
                 pass
-            if signals.caught is not None:
-                raise Interrupted(signals.caught, self.first_step + self.progress.step)
+            self._signal = max(v for (v,) in self.ranks.gather([signals.caught or 0], "end the loop"))
+            self._leave_if_told()
         return self.progress
 
-    def _pass(self, steps: Iterator[StepInput], signals: Signals) -> bool:
+    def _votes(self) -> tuple[float, float]:
+        """A signal that this rank caught, and whether its clock says that a save is due."""
+        minutes = self.saving.every_minutes
+        late = minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
+        return float(self._signals.caught or 0), float(late)
+
+    def _leave_if_told(self) -> None:
+        if self._signal:
+            raise Interrupted(int(self._signal), self.first_step + self.progress.step)
+
+    def _pass(self, steps: Iterator[StepInput]) -> bool:
         """Steps up to the end of `steps` or an early stop. Whether the last thing was a roll-back."""
         went_back = False
         for data in steps:
             done = data.step.number + 1
-            went_back = self._one(data) or not self._behind(done, signals)
-            if signals.caught is not None:
-                raise Interrupted(signals.caught, self.first_step + self.progress.step)
+            went_back = self._one(data)
+            if not self.ranks.several:  # what came in while the step was logged counts for this one
+                self._signal, self._late = self._votes()
+            went_back = went_back or not self._behind(done)
+            self._leave_if_told()
             if not went_back and self._evaluation_due(done) and self.is_over:
                 self.callbacks.event("early_stop", {"step": self.first_step + done})
                 break
         return went_back
 
-    def _behind(self, done: int, signals: Signals) -> bool:
+    def _behind(self, done: int) -> bool:
         """What is due behind a step. False: the state was not finite, and the run went back."""
         if self._check_due(done) and not self._sound():
             return False
@@ -108,7 +127,7 @@ class Loop:
         if metrics is not None:
             self._count_worse(metrics)
         stop = metrics is not None and self.is_over
-        if self._save_due(done) or signals.caught is not None or stop or best:
+        if self._save_due(done) or self._signal or stop or best:
             return self._save(metrics)
         return True
 
@@ -136,7 +155,7 @@ class Loop:
         if data.num_supervised > 0:
             result = run_step(
                 self.root,
-                map(self.callbacks.refresh, data.rows),
+                data.rows,
                 data.num_supervised,
                 self.optimizer,
                 self.part_of,
@@ -145,9 +164,17 @@ class Loop:
                 scale=p.scale,
                 look=partial(look, self.guard, p.spikes),
                 clip_spikes=self.guard.clip_spikes,
+                ranks=self.ranks,
+                votes=self._votes,
+                num_sources=data.num_sources,
+                refresh=self.callbacks.refresh,
             )
         else:
-            result = StepResult(math.nan, 0.0, {}, False, self.optimizer.rates(), empty=True)
+            votes = zip(*self.ranks.gather(self._votes(), "agree on an empty step"), strict=True)
+            result = StepResult(
+                math.nan, 0.0, {}, False, self.optimizer.rates(), empty=True, votes=tuple(max(v) for v in votes)
+            )
+        self._signal, self._late = result.votes
         if watch is not None:
             result = replace(result, watched=watch.figures())
         p.step, p.cursor, p.epoch = data.step.number + 1, data.step.cursor, data.step.epoch
@@ -159,7 +186,7 @@ class Loop:
             return False
         scene = None if self.rescue is None else Scene(
             self.root, self.rescue.model, data.rows, self.callbacks.refresh, self.rescue.reread, data.num_supervised,
-            self.optimizer, self.part_of, before, scale,
+            self.optimizer, self.part_of, before, scale, self.rescue.in_step,
         )  # fmt: skip
         return self._rescuer.answer(data, result, scene) and not self._is_back()
 
@@ -199,7 +226,7 @@ class Loop:
             return False
         s = self.saving
         by_steps = s.every_steps is not None and done % s.every_steps == 0
-        return by_steps or (s.every_minutes is not None and time.monotonic() - self._last_save >= 60 * s.every_minutes)
+        return by_steps or bool(self._late)
 
     def _evaluation_due(self, done: int) -> bool:
         """Every so many steps, and at the last one, so that the last checkpoint has figures."""

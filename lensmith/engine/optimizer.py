@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,10 @@ from torch import nn
 
 from lensmith.engine.lean import LeanAdamW
 from lensmith.engine.options import AdamW
+from lensmith.parallel.fsdp import last_of_step
+from lensmith.parallel.ranks import Ranks
+from lensmith.parallel.reduce import Reducer
+from lensmith.parallel.shares import Piece, copies, is_sharded, local, start, writers
 
 Named = Sequence[tuple[str, nn.Parameter]]
 
@@ -54,20 +58,33 @@ class MasterAdamW:
 
     `keep` says for each part how; a part that it does not name is plain float32. Gradients are added up over
     micro-batches in `Keep.gradients`, so accumulation in float32 loses nothing to half precision.
+
+    With several ranks it updates what this rank holds: whole parameters, whose gradients are summed over ranks first,
+    or the shares that FSDP2 gave it.
     """
 
     def __init__(
-        self, named: Named, parts: Sequence[str], options: AdamW, keep: Mapping[str, Keep] | None = None, seed: int = 0
+        self,
+        named: Named,
+        parts: Sequence[str],
+        options: AdamW,
+        keep: Mapping[str, Keep] | None = None,
+        seed: int = 0,
+        ranks: Ranks | None = None,
+        sharded_root: nn.Module | None = None,
     ):
-        """`parts`: of each parameter the part whose rates it has; `keep`: parameter name -> how it is kept."""
+        """`parts`: of each parameter the part whose rates it has; `keep`: parameter name -> how it is kept;
+        `sharded_root`: what FSDP2 spread over the ranks."""
+        self._sharded_root = sharded_root
         self.named = list(named)
+        self.ranks = ranks or Ranks()
         keep = keep or {}
         self.keep = {n: keep.get(n, Keep()) for n, _ in self.named}
-        self.master: dict[str, torch.Tensor] = {
-            n: p.detach().to(torch.float32, copy=True).requires_grad_(True) if self._has_master(n) else p
-            for n, p in self.named
-        }
-        self.groups = _groups(self.named, parts, options)
+        self.sharded = {n for n, p in self.named if is_sharded(p)}
+        self.master: dict[str, torch.Tensor] = {n: self._updated(n, p) for n, p in self.named}
+        """What the updates are made on."""
+        self._reducer: Reducer | None = None
+        self.groups = groups_of(self.named, parts, options)
         self.lean = LeanAdamW(options, seed)
         plain: list[tuple[Group, list[torch.Tensor]]] = []
         for g in self.groups:
@@ -83,19 +100,56 @@ class MasterAdamW:
     def _has_master(self, name: str) -> bool:
         return self.keep[name].update == "masters"
 
+    def _updated(self, name: str, p: nn.Parameter) -> torch.Tensor:
+        own = local(p) if name in self.sharded else p
+        return own.detach().to(torch.float32, copy=True).requires_grad_(True) if self._has_master(name) else own
+
     def settle(self) -> None:
         """Once parameters have the types they train in: their gradients are added up in `Keep.gradients`."""
-        for name, p in self.named:
+        whole = [(n, p) for n, p in self.named if n not in self.sharded]
+        for name, p in whole:
             p.grad_dtype = self.keep[name].gradients
+        if self.ranks.several and whole:
+            self._reducer = Reducer([p for _, p in whole], [self.keep[n].gradients for n, _ in whole], self.ranks)
+
+    def is_sharded(self, name: str) -> bool:
+        """Whether this rank has only a share of the gradient: its squares are summed over ranks."""
+        return name in self.sharded
+
+    @property
+    def copies(self) -> int:
+        """How many ranks hold each of the shares (HSDP)."""
+        return max((copies(p, self.ranks)[0] for n, p in self.named if n in self.sharded), default=1)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradient of a micro-batch. `last`: of the step, so it goes out to the other ranks."""
+        if last and self._reducer is not None:
+            self._reducer.arm()
+        if self._sharded_root is not None:
+            last_of_step(self._sharded_root, last)
+        if loss.requires_grad:  # a row without pictures has no gradient when only the vision path trains
+            loss.backward()
+
+    def reduce(self) -> None:
+        """Behind the last backward pass: until the gradients are those of all ranks' rows."""
+        if self._reducer is not None:
+            self._reducer.finish()
 
     def gradients(self) -> list[tuple[str, torch.Tensor]]:
-        """(name, gradient) of everything that has one; those of masters move to them, onto what is there."""
+        """(name, gradient) of everything that has one; those of masters and of shares move to them, onto what is
+        there."""
         for name, p in self.named:
-            if self._has_master(name) and p.grad is not None:
-                before = self.master[name].grad
-                self.master[name].grad = p.grad.float() if before is None else before.add_(p.grad)
+            if p is not self.master[name] and p.grad is not None:
+                before, grad = self.master[name].grad, local(p.grad)
+                if self._has_master(name):
+                    grad = grad.float()
+                self.master[name].grad = grad if before is None else before.add_(grad)
                 p.grad = None
         return [(n, g) for n, _ in self.named if (g := self.master[n].grad) is not None]
+
+    def scale_gradients(self, factor: float) -> None:
+        for _, gradient in self.gradients():
+            gradient.mul_(factor)
 
     def parameters(self) -> list[torch.Tensor]:
         """What carries the gradients, after `gradients`."""
@@ -113,7 +167,7 @@ class MasterAdamW:
         with torch.no_grad():
             for name, p in self.named:
                 if self._has_master(name):
-                    p.copy_(self.master[name])
+                    local(p).copy_(self.master[name])
 
     def zero_grad(self) -> None:
         for name, p in self.named:
@@ -126,7 +180,7 @@ class MasterAdamW:
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The training state by parameter name: `param/NAME` in float32 and its moments; by name, so that another
         engine, precision or rank count can take it up. One tensor at a time: the float32 value of a lean parameter is
-        made for the moment that it is looked at."""
+        made for the moment that it is looked at. Of a sharded parameter, this rank's share."""
         for name, _ in self.named:
             tensor, lean = self.master[name], self.keep[name].lean
             yield f"param/{name}", self.lean.value(name, tensor) if lean else tensor.detach()
@@ -136,6 +190,36 @@ class MasterAdamW:
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of `items` at once."""
         return dict(self.items())
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank writes of the training state: over all ranks every element once."""
+        shapes, starts = self.shapes(), {n: start(p) for n, p in self.named}
+        mine = writers(self.named, self.ranks)
+        for key, value in self.items():
+            kind, _, name = key.partition("/")
+            if kind == "step":
+                if name in mine and starts[name] == 0:
+                    yield Piece(key, value, 0, ())
+            elif name in mine and value.numel():
+                yield Piece(key, value, starts[name], shapes[name])
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape of the whole parameter."""
+        return {n: tuple(p.shape) for n, p in self.named}
+
+    def load_pieces(self, read: Callable[[str, int, int], torch.Tensor | None]) -> None:
+        """Take up a training state. `read(key, start, stop)`: those elements of a flattened tensor, or None where the
+        state has none. Names and shapes were checked by the caller."""
+        found: dict[str, torch.Tensor] = {}
+        for name, p in self.named:
+            shape, begin = self.master[name].shape, start(p)
+            for key in ("param", *MOMENTS):
+                size = 1 if key == "step" else shape.numel()
+                at = 0 if key == "step" else begin
+                if (value := read(f"{key}/{name}", at, at + size)) is not None:
+                    found[f"{key}/{name}"] = value.reshape(() if key == "step" else shape)
+            self.load_tensors(found)
+            found.clear()
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take up what `tensors` gave, as far as it is there. Names and shapes were checked by the caller."""
@@ -151,12 +235,13 @@ class MasterAdamW:
                 else:
                     target.copy_(value)
                 if self._has_master(name):
-                    p.copy_(target)
+                    local(p).copy_(target)
                 if state and not self.keep[name].lean:  # fused AdamW wants its step count on the parameter's device too
                     self.torch.state[target] = {k: v.to(torch.float32, copy=True) for k, v in state.items()}
 
 
-def _groups(named: Named, parts: Sequence[str], options: AdamW) -> list[Group]:
+def groups_of(named: Named, parts: Sequence[str], options: AdamW) -> list[Group]:
+    """Parameters of equal part, rate and decay, in the order of their first; vectors never decay."""
     table: dict[tuple[str, float], Group] = {}
     for (name, p), part in zip(named, parts, strict=True):
         lr, decay = options.rate(part)

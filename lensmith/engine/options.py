@@ -127,12 +127,22 @@ class Save(Part):
     """Save after so many steps. The end of the run is always saved."""
     every_minutes: float | None = Field(default=30.0, gt=0)
     """Save when the last save is so many minutes ago. null: not by time."""
+    background: bool | None = None
+    """Copy the state to the host and write it while training goes on. Needs room for the copy. Left out: on a GPU."""
     keep_last: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""
     keep_best: str | None = None
     """Keep also the best by this held-out metric: `loss` or e.g. `exact_match`."""
+    fall_back: bool = True
+    """When the newest checkpoint is damaged, go on from the one before it, with a warning. Off: stop."""
+    grace_seconds: float | None = Field(default=30.0, gt=0)
+    """Seconds that the scheduler gives a job between SIGTERM and SIGKILL (Slurm and Kubernetes: 30 unless set). When a
+    step and a save take longer, the run warns. null: never."""
     shard_gb: float = Field(default=5.0, gt=0)
     """Largest file of full weights, in GB."""
+    remote: str | None = Field(default=None, pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://[^/]*/.+")
+    """Keep the checkpoints in an object store too, e.g. `s3://bucket/runs/one`: copied behind the training, and fetched
+    from there when the run folder has none or older ones. One prefix for each run. null: only in the run folder."""
 
 
 class Guard(Part):

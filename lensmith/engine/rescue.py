@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from torch import nn
 
 from lensmith.core.errors import RunError
-from lensmith.engine.forensics import Finding, Scene, examine
+from lensmith.engine.forensics import Finding, InStep, Scene, examine
 from lensmith.engine.guard import Action, bad_state, decide, to_exclude
 from lensmith.engine.optimizer import MasterAdamW
 from lensmith.engine.options import Guard
 from lensmith.engine.progress import Progress
 from lensmith.engine.step import StepResult
+from lensmith.parallel.ranks import Ranks
 
 ADVICE: dict[str, str] = {
     "bad_input": "look at the samples that are named, and at the vision cache if it is kept on disk",
@@ -25,7 +26,6 @@ ADVICE: dict[str, str] = {
     "loss": "look at the objective: a division by nothing, or the logarithm of zero",
     "overflow": "train with precision.preset bf16, or fp32 where the device has no bfloat16",
     "ranks_differ": "a rank computes something else: look at its device, versions and data",
-    "other_rank": "look at the incident of the other rank",
     "transient": "look at the memory and the device of this machine; the same numbers came out finite",
     "bad_state": "lower optimizer.lr, or look at what else writes into the parameters",
 }
@@ -47,6 +47,8 @@ class Incident:
     data: Any = None
     result: StepResult | None = None
     scene: Scene | None = None
+    owner: bool = True
+    """Whether this rank is the one that found it, which keeps it."""
 
     @property
     def text(self) -> str:
@@ -71,6 +73,8 @@ class Rescue:
     keep: Callable[[Progress], None]
     roll_back: Callable[[int], Progress]
     restart: Callable[[Progress], None] | None
+    in_step: InStep | None = None
+    """Where an engine spreads the model over ranks."""
 
 
 @dataclass
@@ -83,19 +87,34 @@ class Rescuer:
     rescue: Rescue | None
     event: Callable[[str, dict[str, Any]], None]
     first_step: int = 0
+    ranks: Ranks = field(default_factory=Ranks)
 
     def answer(self, data: Any, result: StepResult, scene: Scene | None) -> bool:
         """To a step that was not finite; whether the run went back. Raises `RunError` NONFINITE to stop."""
-        found = _finding(result, scene)
+        found, owner = self._common(_finding(result, scene))
         return self._act(Incident("step", self.progress.step, found, "skip", "", self.progress, self.optimizer, data,
-                                  result, scene))  # fmt: skip
+                                  result, scene, owner))  # fmt: skip
+
+    def _common(self, found: Finding) -> tuple[Finding, bool]:
+        """What the ranks found together: the first that saw a fault in its own rows, or of the others the first that
+        says anything else than that it was gone. Whether it is this one."""
+        said = self.ranks.gather_json(found.to_json(), "agree on a cause")
+        order = sorted(range(len(said)), key=lambda rank: (said[rank]["cause"] == "transient", rank))
+        owner = order[0]
+        if owner == self.ranks.rank:
+            return found, True
+        return replace(Finding(**said[owner]), random=found.random), False
 
     def is_sound(self) -> bool:
         """Looks through weights and moments. False: they were not finite, and the run went back."""
         bad = bad_state(self.optimizer)
-        found = Finding("bad_state", bad_parameters=bad)
-        return not bad or not self._act(
-            Incident("state", self.progress.step, found, "skip", "", self.progress, self.optimizer)
+        if not self.ranks.any(bool(bad), "look through the state"):
+            return True
+        everywhere = self.ranks.gather_json(bad, "name what is not finite")
+        found = Finding("bad_state", bad_parameters=sorted({name for names in everywhere for name in names}))
+        owner = next(rank for rank, names in enumerate(everywhere) if names) == self.ranks.rank
+        return not self._act(
+            Incident("state", self.progress.step, found, "skip", "", self.progress, self.optimizer, owner=owner)
         )
 
     def _act(self, incident: Incident) -> bool:
@@ -149,8 +168,8 @@ class Rescuer:
         history.roll_backs.append([reached, back.step])
         named = sorted({s for s, number in history.named if number >= back.step and s not in p.excluded})
         excluded = p.excluded | dict.fromkeys(named, back.step)
-        for field in fields(p):
-            setattr(p, field.name, getattr(back, field.name))
+        for of in fields(p):
+            setattr(p, of.name, getattr(back, of.name))
         p.history, p.excluded, p.bad_in_a_row, p.recent_bad = history, excluded, 0, []
         rescue.keep(p)
         rescue.restart(p)
@@ -175,8 +194,7 @@ def _finding(result: StepResult, scene: Scene | None) -> Finding:
         return Finding("ranks_differ")
     if scene is None:
         return Finding("loss")
-    local = result.loss - result.loss == 0.0 and result.grad_norm - result.grad_norm == 0.0
-    found = Finding("other_rank") if local else examine(scene)
+    found = examine(scene)
     if result.overflow:
         found.cause = "overflow"
     return found

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
-from lensmith.engine.guard import Flags, agreed, read_flags
+from lensmith.engine.guard import Mine, agree
 from lensmith.engine.optimizer import MasterAdamW
 from lensmith.engine.scale import LossScale
 from lensmith.engine.spikes import Spike
 from lensmith.objective.by_source import BySource
+from lensmith.parallel.ranks import Ranks
 
 Terms = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -41,7 +42,11 @@ class StepResult:
     by_source: tuple[tuple[float, float], ...] = ()
     """Of each source: sum of the losses (unweighted) and number of supervised positions."""
     row_seconds: tuple[float, ...] = ()
-    """Seconds of each micro-batch, forward and backward."""
+    """Seconds of each of this rank's micro-batches, forward and backward."""
+    rank_seconds: tuple[float, ...] = ()
+    """Seconds of each rank's micro-batches together."""
+    votes: tuple[float, ...] = ()
+    """The largest answer over ranks to each question that was asked."""
     spike: Spike | None = None
     clipped_to: float | None = None
     """The gradient norm that was applied, where it was scaled down."""
@@ -51,12 +56,21 @@ class StepResult:
     @property
     def row_seconds_spread(self) -> float:
         """Slowest micro-batch over the mean."""
-        return max(self.row_seconds) * len(self.row_seconds) / sum(self.row_seconds) if self.row_seconds else 1.0
+        return _spread(self.row_seconds)
+
+    @property
+    def rank_seconds_spread(self) -> float:
+        """Slowest rank over the mean."""
+        return _spread(self.rank_seconds)
+
+
+def _spread(seconds: Sequence[float]) -> float:
+    return max(seconds) * len(seconds) / sum(seconds) if seconds and sum(seconds) else 1.0
 
 
 def run_step(
     root: Callable[[Any], Terms],
-    rows: Iterable[Any],
+    rows: Sequence[Any],
     count: float,
     optimizer: MasterAdamW,
     part_of: Callable[[str], str],
@@ -66,79 +80,93 @@ def run_step(
     scale: LossScale | None = None,
     look: Callable[[float, float], Spike] | None = None,
     clip_spikes: bool = False,
+    ranks: Ranks | None = None,
+    votes: Callable[[], Sequence[float]] | None = None,
+    num_sources: int = 0,
+    refresh: Callable[[Any], Any] | None = None,
 ) -> StepResult:
     """`count` is the sum of weights over the supervised positions of the whole step, known before the forward pass:
     each micro-batch's loss sum is divided by it, so the gradient is that of the token-weighted mean however the
-    samples are packed. `rows` is read one by one: a row may be completed just before its own forward pass.
+    samples are packed. `rows` are those of this rank; `refresh` completes a row just before its own forward pass.
 
-    `look` judges the finite (loss, gradient norm) before the update; with `clip_spikes` its limit clips too.
+    `look` judges the finite (loss, gradient norm) before the update; with `clip_spikes` its limit clips too. `votes`:
+    asked behind the backward passes; every rank gets the largest answers. `num_sources`: how many have figures at
+    least; all ranks must say the same.
     """
+    ranks = ranks or Ranks()
     optimizer.zero_grad()
-    total: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
     sources, ends = BySource(), [time.perf_counter()]
-    for row in rows:
-        terms = root(row)
+    for number, row in enumerate(rows, 1):
+        terms = root(row if refresh is None else refresh(row))
         loss_sum, _ = terms["loss"]
         sources.add(terms)
-        backward(loss_sum, count, scale)
-        part = loss_sum.detach().double()
-        total = part if total is None else total + part
+        backward(loss_sum, count, optimizer, scale, last=number == len(rows))
+        part = loss_sum.detach().double() / count
+        loss = part if loss is None else loss + part
         ends.append(time.perf_counter())
-    assert total is not None
-    loss, parts, norm, flags = _read(total / count, gradient_norms(optimizer, part_of), scale)
+    if loss is None:  # fewer samples than ranks
+        loss = torch.zeros((), dtype=torch.float64, device=optimizer.named[0][1].device)
+    optimizer.reduce()
+    whole, shares = gradient_norms(optimizer, part_of)
+    found = agree(
+        Mine(
+            loss, whole, shares, votes() if votes is not None else (), sources.sums(num_sources), ends[-1] - ends[0],
+            optimizer.copies if shares else 1, 1.0 if scale is None else scale.value,
+        ),
+        ranks,
+    )  # fmt: skip
+    flags, norm = found.flags, found.norm
     overflow = scale is not None and flags.norm_bad and not flags.loss_bad
     spike, clipped_to = None, None
     if flags.good:
         if scale is not None:
-            for _, gradient in optimizer.gradients():
-                gradient.mul_(1 / scale.value)
+            optimizer.scale_gradients(1 / scale.value)
         limit = math.inf if clip_norm is None else clip_norm
         if look is not None:
-            spike = look(loss, norm)
+            spike = look(found.loss, norm)
             limit = min(limit, spike.norm_limit) if clip_spikes else limit
         if norm > limit:
-            clip_grads_with_norm_(optimizer.parameters(), limit, torch.tensor(norm))
+            optimizer.scale_gradients(limit / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
             clipped_to = limit
         optimizer.step(factor)
     rates = optimizer.rates()
     optimizer.zero_grad()
     seconds = tuple(b - a for a, b in pairwise(ends))
     return StepResult(
-        loss, norm, parts, flags.good, rates, overflow=overflow, disagree=flags.disagree, by_source=sources.sums(),
-        row_seconds=seconds, spike=spike, clipped_to=clipped_to,
+        found.loss, norm, found.parts, flags.good, rates, overflow=overflow, disagree=flags.disagree,
+        by_source=found.sources, row_seconds=seconds, rank_seconds=found.seconds, votes=found.votes, spike=spike,
+        clipped_to=clipped_to,
     )  # fmt: skip
 
 
-def backward(loss_sum: torch.Tensor, count: float, scale: LossScale | None) -> None:
+def backward(
+    loss_sum: torch.Tensor, count: float, optimizer: MasterAdamW, scale: LossScale | None, *, last: bool = False
+) -> None:
     """Add the gradient of a micro-batch."""
-    if loss_sum.requires_grad:  # a row without pictures has no gradient when only the vision path trains
-        mean = loss_sum / count
-        (mean if scale is None else mean * scale.value).backward()
+    mean = loss_sum / count
+    optimizer.backward(mean if scale is None else mean * scale.value, last=last)
 
 
-def gradient_norms(optimizer: MasterAdamW, part_of: Callable[[str], str]) -> dict[str, torch.Tensor]:
-    """L2 norm of the gradient per part, float32, where the gradients are."""
-    by_part: dict[str, list[torch.Tensor]] = {}
+def gradient_norms(
+    optimizer: MasterAdamW, part_of: Callable[[str], str]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """L2 norm of the gradient per part, float32, where the gradients are: of whole gradients, and of this rank's shares
+    of those that are spread over ranks. Every part is there on every rank."""
+    kinds: tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]] = {}, {}
+    for name, _ in optimizer.named:
+        kinds[optimizer.is_sharded(name)].setdefault(part_of(name), [])
     for name, grad in optimizer.gradients():
-        by_part.setdefault(part_of(name), []).append(grad)
-    return {part: _norm(grads) for part, grads in by_part.items()}
+        kinds[optimizer.is_sharded(name)][part_of(name)].append(grad)
+    device = optimizer.named[0][1].device
+    whole, shares = ({part: _norm(grads, device) for part, grads in kind.items()} for kind in kinds)
+    return whole, shares
 
 
-def _norm(grads: list[torch.Tensor]) -> torch.Tensor:
+def _norm(grads: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    if not grads:
+        return torch.zeros((), device=device)
     if all(g.dtype == torch.float32 for g in grads):
-        return get_total_norm(grads)
-    return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).square().sum().sqrt()
-
-
-def _read(
-    loss: torch.Tensor, norms: dict[str, torch.Tensor], scale: LossScale | None
-) -> tuple[float, dict[str, float], float, Flags]:
-    """(loss, norm per part, norm, flags) with one transfer from the device; the norms are those without the scale."""
-    by_part = torch.stack(list(norms.values())) if norms else torch.zeros(1, device=loss.device)
-    if scale is not None:
-        by_part = by_part / scale.value
-    norm = by_part.square().sum().sqrt()
-    flags = agreed(loss, norm)
-    everything = torch.cat([loss[None], norm[None].double(), flags.double(), by_part.double()])
-    values = cast("list[float]", everything.tolist())
-    return values[0], dict(zip(norms, values[6:], strict=False)), values[1], read_flags(values[2:6])
+        return get_total_norm(grads).to(device)
+    norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).square().sum().sqrt()
+    return norm.to(device)

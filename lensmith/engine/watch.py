@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -44,8 +45,11 @@ class Watch:
     def _parameters(self) -> dict[str, tuple[torch.Tensor, float]]:
         """(some elements, how many each of them stands for) of every parameter that trains."""
         found: dict[str, tuple[torch.Tensor, float]] = {}
-        for (name, _), tensor in zip(self._optimizer.named, self._optimizer.parameters(), strict=True):
-            flat = tensor.detach().flatten()
+        for key, tensor in self._optimizer.items():
+            kind, _, name = key.partition("/")
+            if kind != "param":
+                continue
+            flat = tensor.flatten()
             some = flat[:: max(1, flat.numel() // SAMPLED)].to(torch.float32, copy=True)
             found[name] = some, flat.numel() / max(1, some.numel())
         return found
@@ -62,12 +66,19 @@ class Watch:
             sums = torch.stack([(after - before).square().sum(), before.square().sum()]) * each
             moved.setdefault(self._part_of(name), []).append(sums)
         totals = {part: torch.stack(sums).sum(0) for part, sums in moved.items()}
-        ratios = {part: (total[0] / total[1]).sqrt() for part, total in totals.items()}
+        mine = [
+            dict(zip(largest, _read(list(largest.values())), strict=True)),
+            dict(zip(totals, _read(list(totals.values())), strict=True)),
+        ]
+        each = self._optimizer.ranks.gather_json(mine, "look at activations and updates")
+        parts = sorted({part for found, _ in each for part in found})
+        names = sorted({part for _, found in each for part in found})
+        sums = {part: [sum(found.get(part, (0.0, 0.0))[i] for _, found in each) for i in (0, 1)] for part in names}
         return {
-            "activation_max": dict(zip(largest, _read(list(largest.values())), strict=True)),
-            "update_ratio": dict(zip(ratios, _read(list(ratios.values())), strict=True)),
+            "activation_max": {part: max(found.get(part, 0.0) for found, _ in each) for part in parts},
+            "update_ratio": {part: math.sqrt(a / b) if b else math.nan for part, (a, b) in sums.items()},
         }
 
 
-def _read(values: list[torch.Tensor]) -> list[float]:
-    return cast("list[float]", torch.stack(values).tolist()) if values else []
+def _read(values: list[torch.Tensor]) -> list[Any]:
+    return cast("list[Any]", torch.stack(values).tolist()) if values else []

@@ -21,6 +21,10 @@ from lensmith.model.vision_cache import VisionCache, feature_key
 CHUNK_VALUES = 1 << 26
 """Logits at once: 2^26 float32 values are 256 MiB, and cross entropy holds about three times that."""
 
+MOST_POSITIONS = "most_positions"
+"""In a row's `meta`: supervised positions of the largest row that any rank has in this step, where the ranks have to
+call the head equally often."""
+
 Terms = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -79,6 +83,8 @@ class Root(nn.Module):
         self.chunk_values = chunk_values
         self.vision_mode = vision_mode(model, family)
         self.cache = cache if self.vision_mode != "trained" else None
+        self.vocabulary = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+        """Asked before an engine spreads the head over ranks."""
         self.alone = True
         """Whether a picture that enters the cache is encoded by itself. The last bits of a matrix product depend on how
         many rows it has, so what is kept must not depend on what stood beside it."""
@@ -119,7 +125,8 @@ class Root(nn.Module):
             target = torch.from_numpy(row.target_S).to(device, torch.long)
             source = torch.from_numpy(row.source_S).to(device, torch.long)
             num_sources = int(row.source_S.max(initial=-1)) + 1
-            return self._head(hidden_SH, target, torch.from_numpy(row.weight_S).to(device), source, num_sources)
+            weight, most = torch.from_numpy(row.weight_S).to(device), int(row.meta.get(MOST_POSITIONS, 0))
+            return self._head(hidden_SH, target, weight, source, num_sources, most)
 
     @torch.no_grad()
     def warm(self, row: PackedRow) -> None:
@@ -167,17 +174,22 @@ class Root(nn.Module):
         run = self.family.encode_images if self.vision_mode == "frozen" else self.family.tower_only
         return run(self.model, pixels_PD, grids, views)
 
-    def _head(self, hidden_SH: Any, target_S: Any, weight_S: Any, source_S: Any, num_sources: int) -> Terms:
+    def _head(
+        self, hidden_SH: Any, target_S: Any, weight_S: Any, source_S: Any, num_sources: int, most: int = 0
+    ) -> Terms:
+        """`most`: positions in another rank's row; this one calls the head as often as for so many."""
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
 
         def terms(hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, source: torch.Tensor) -> Terms:
             return self.objective.terms(head(hidden), target, weight, (source, num_sources))
 
-        rows = max(1, self.chunk_values // head.weight.shape[0])
-        if hidden_SH.shape[0] <= rows:
+        rows = max(1, self.chunk_values // self.vocabulary)
+        chunks = -(-max(most, hidden_SH.shape[0]) // rows)
+        if chunks <= 1:
             return terms(hidden_SH, target_S, weight_S, source_S)
         total: Terms = {}
-        for chunk in zip(*(x.split(rows) for x in (hidden_SH, target_S, weight_S, source_S)), strict=True):
+        each = (x.tensor_split(range(rows, chunks * rows, rows)) for x in (hidden_SH, target_S, weight_S, source_S))
+        for chunk in zip(*each, strict=True):
             part: Terms = checkpoint(terms, *chunk, use_reentrant=False)  # type: ignore[assignment]
             total = {k: (total[k][0] + s, total[k][1] + c) if k in total else (s, c) for k, (s, c) in part.items()}
         return total

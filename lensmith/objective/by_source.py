@@ -21,8 +21,9 @@ class BySource:
         wider = max(more.shape[1], self._sums.shape[1])
         self._sums = _widened(self._sums, wider) + _widened(more, wider)
 
-    def sums(self) -> tuple[tuple[float, float], ...]:
-        losses, counts = self._sums
+    def sums(self, width: int = 0) -> tuple[tuple[float, float], ...]:
+        """(sum of losses, number of positions) of each source; of `width` sources at least."""
+        losses, counts = _widened(self._sums, max(width, self._sums.shape[1]))
         return tuple((float(losses[i]), float(counts[i])) for i in range(len(losses)))
 
 

@@ -5,23 +5,28 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from lensmith.checkpoint.together import Full, gathered
 from lensmith.core.errors import ConfigError
 from lensmith.data.tokenizer import TextTokenizer, tokenizer_text
 from lensmith.engine.determinism import seed_all
-from lensmith.engine.optimizer import Keep, MasterAdamW, Named
+from lensmith.engine.optimizer import MasterAdamW
 from lensmith.model import precision, tune
 from lensmith.model.load import base_dtype, is_tied, load_model, skeleton, widest_dtype
 from lensmith.model.loading import Loading
 from lensmith.model.root import Autocast, Root, vision_mode
 from lensmith.model.vision_cache import VisionCache, fingerprint
 from lensmith.objective.next_token import NextTokenLoss
+from lensmith.parallel.options import Local
+from lensmith.parallel.ranks import Ranks
 from lensmith.recipe.prepare import Prepared, cache_folder
 from lensmith.recipe.run import Run
+from lensmith.recipe.spread import Spread, exact_values, keep_of, over_ranks
 
 KEPT_BELOW = 1 << 22
 """On a CPU, blocks of fewer bytes stay with the process when they are freed."""
@@ -38,6 +43,27 @@ class Built:
     total_parameters: int
     part_of: Callable[[str], str]
     """Parameter name -> part, adapters apart."""
+    spread: Spread | None = None
+    """Where an engine spreads the model over ranks."""
+
+    @property
+    def full(self) -> Full:
+        """The whole of a named tensor; all ranks ask for it together."""
+        return gathered if self.spread is None else self.spread.full
+
+    def whole_rest(self) -> AbstractContextManager[Any]:
+        """Within, parts of the model can be called apart from the root."""
+        return nullcontext() if self.spread is None else self.spread.whole_rest()
+
+    def close(self) -> None:
+        """Take away what an engine put around the model."""
+        if self.spread is not None:
+            self.spread.close()
+
+    @property
+    def forward(self) -> Callable[[Any], Any]:
+        """What a row is given to."""
+        return self.root if self.spread is None else self.spread.root
 
 
 def device_of(run: Run) -> torch.device:
@@ -89,10 +115,16 @@ def keep_freed_memory() -> None:
         mallopt(option, value)
 
 
-def build(prepared: Prepared, carried: Callable[[MasterAdamW], None] | None = None) -> Built:
+def build(
+    prepared: Prepared,
+    carried: Callable[[MasterAdamW], None] | None = None,
+    ranks: Ranks | None = None,
+    check: Callable[[Root, precision.PrecisionPlan], None] | None = None,
+) -> Built:
     """Load the model, set what trains and in which type, and wrap it. Deterministic in `train.seed`.
 
-    `carried` puts float32 parameters of the stage before into the optimizer, before anything is rounded.
+    `carried` puts float32 parameters of the stage before into the optimizer, before anything is rounded. `check` looks
+    at the root before an engine spreads it over `ranks`.
     """
     run = prepared.located.run
     device = device_of(run)
@@ -101,8 +133,9 @@ def build(prepared: Prepared, carried: Callable[[MasterAdamW], None] | None = No
         keep_freed_memory()
     seed_all(run.train.seed)
     model = load_model(prepared.model_folder, widest_dtype(prepared.model_folder), device, loading_of(prepared))
-    built = assemble(prepared, tuned(prepared, model), plan, device, carried)
-    built.root.cache = _cache(prepared, model, plan)
+    built = assemble(prepared, tuned(prepared, model), plan, device, carried, ranks, check)
+    if built.spread is None or built.spread.whole_tower:
+        built.root.cache = _cache(prepared, model, plan)
     return built
 
 
@@ -117,43 +150,55 @@ def assemble(
     plan: precision.PrecisionPlan,
     device: torch.device,
     carried: Callable[[MasterAdamW], None] | None = None,
+    ranks: Ranks | None = None,
+    check: Callable[[Root, precision.PrecisionPlan], None] | None = None,
 ) -> Built:
     """The run's objects around a model as it is loaded, without a vision cache."""
-    run, model = prepared.located.run, tuned.model
-    named = tuned.trainable()
+    run, model, ranks = prepared.located.run, tuned.model, ranks or Ranks()
     part_of = _parts(run, prepared.family)
-    parts = [part_of(name) for name, _ in named]
-    _check_rates(run, parts)
-    optimizer = _optimizer(prepared, model, named, parts, plan)
-    if carried is not None:
-        carried(optimizer)
+    _check_rates(run, [part_of(name) for name, _ in tuned.trainable()])
+    if is_tied(model) and "head" in run.precision.parts:
+        raise ConfigError("PRECISION", "precision.parts.head: the head of this model is its embedding",
+                          remedy="set precision.parts.embeddings instead")  # fmt: skip
+    engine = run.parallel.engine if ranks.several else Local()
+    optimizer, exact = None, {}
+    if isinstance(engine, Local):
+        optimizer = _optimizer(prepared, model, part_of, plan, ranks)
+        if carried is not None:
+            carried(optimizer)
+    else:
+        exact = exact_values(tuned.trainable(), keep_of(prepared, tuned.trainable(), plan))
+        precision.cast(model, plan, prepared.family.part_of)
     precision.verify(model, plan, prepared.family.part_of)
     _prepare_blocks(model, prepared)
     precision.PartCompute(plan, device).attach(model, prepared.family.part_of)
     autocast = Autocast(device.type, None if plan.compute == torch.float32 else plan.compute)
     root = Root(model, prepared.family, NextTokenLoss(), autocast=autocast)
-    trains = tune.what_trains(model, part_of, run.optimizer.rate)
-    return Built(root, tuned, optimizer, plan, trains, *tune.count(model), part_of)
+    trains, counts = tune.what_trains(model, part_of, run.optimizer.rate), tune.count(model)
+    if check is not None:
+        check(root, plan)
+    built = Built(root, tuned, optimizer, plan, trains, *counts, part_of)  # type: ignore[arg-type]
+    if optimizer is None:
+        built.spread = over_ranks(prepared, root, tuned, plan, ranks, part_of, exact)
+        built.optimizer = built.spread.optimizer
+        if carried is not None:
+            carried(built.optimizer)
+    return built
 
 
 def _optimizer(
-    prepared: Prepared, model: Any, named: Named, parts: Sequence[str], plan: precision.PrecisionPlan
+    prepared: Prepared, model: Any, part_of: Callable[[str], str], plan: precision.PrecisionPlan, ranks: Ranks
 ) -> MasterAdamW:
     """The optimizer, and every parameter in its type. Masters, and what compensated parameters keep beside them, are
     made from what is on disk, before anything is rounded."""
-    run, part_of = prepared.located.run, prepared.family.part_of
-    keep: dict[str, Keep] = {}
-    for name, _ in named:
-        own = plan.of(precision.part_in(part_of, name))
-        keep[name] = Keep(own.update, own.trained, own.gradients, own.optimizer)
-    if is_tied(model) and "head" in run.precision.parts:
-        raise ConfigError("PRECISION", "precision.parts.head: the head of this model is its embedding",
-                          remedy="set precision.parts.embeddings instead")  # fmt: skip
+    run = prepared.located.run
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    keep = keep_of(prepared, named, plan)
     for name, p in named:
         if keep[name].update == "plain":
             p.data = p.data.to(keep[name].parameters)
-    optimizer = MasterAdamW(named, parts, run.optimizer, keep, run.train.seed)
-    precision.cast(model, plan, part_of)
+    optimizer = MasterAdamW(named, [part_of(n) for n, _ in named], run.optimizer, keep, run.train.seed, ranks)
+    precision.cast(model, plan, prepared.family.part_of)
     optimizer.settle()
     return optimizer
 

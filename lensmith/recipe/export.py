@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import torch
 
 from lensmith.checkpoint.export import SavedTypes, carry, write_model
 from lensmith.checkpoint.inspect import inspect
+from lensmith.checkpoint.remote import Remote
 from lensmith.checkpoint.store import Damaged, Store, sync_folder, verify
 from lensmith.core.errors import ConfigError, ModelError
 from lensmith.data.tokenizer import TextTokenizer
@@ -25,7 +30,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def export(
-    checkpoint: Path,
+    checkpoint: Path | str,
     output: Path,
     *,
     base: str | None,
@@ -34,14 +39,23 @@ def export(
     shard_gb: float,
     terminal: Terminal,
 ) -> Path:
-    """Write `output` whole or not at all. Raises `UserError`s; never overwrites a folder."""
+    """Write `output` whole or not at all. Raises `UserError`s; never overwrites a folder. `checkpoint`: a folder, or a
+    checkpoint in a store by its URL."""
     if output.exists():
         raise ConfigError("OUTPUT", f"{output} exists", remedy="name a new folder")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError("DTYPE", f"--dtype {dtype!r}", remedy=f"one of {', '.join(DTYPES)}")
     if shard_gb <= 0:
         raise ConfigError("OUTPUT", f"--shard-gb {shard_gb} is not a size", remedy="e.g. --shard-gb 5")
-    found = model_folder(checkpoint, terminal)
+    with here(checkpoint, terminal) as path:
+        _export(model_folder(path, terminal), output, base, merge, dtype, shard_gb, terminal)
+    terminal.event("exported", f"model written to {output}", path=str(output))
+    return output
+
+
+def _export(
+    found: Path, output: Path, base: str | None, merge: bool, dtype: str | None, shard_gb: float, terminal: Terminal
+) -> None:
     staging = output.with_name(f".{output.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     adapter = (found / "adapter_config.json").is_file()
@@ -55,8 +69,40 @@ def export(
             _write(found, staging, adapter=adapter, base=base, dtype=DTYPES.get(dtype or ""), shard_gb=shard_gb)
         sync_folder(staging)
     staging.rename(output)
-    terminal.event("exported", f"model written to {output}", path=str(output))
-    return output
+
+
+@contextmanager
+def here(path: Path | str, terminal: Terminal) -> Iterator[Path]:
+    """A folder as it is; of a checkpoint in a store (`s3://bucket/run/step-00000012`, or the newest of
+    `s3://bucket/run`) its `model` folder in a temporary one, verified. Raises `ModelError` CHECKPOINT."""
+    if not is_url(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="lensmith-fetched-") as folder:
+        yield _fetched(str(path).rstrip("/"), Path(folder), terminal)
+
+
+def is_url(path: Path | str) -> bool:
+    return isinstance(path, str) and "://" in path
+
+
+def _fetched(url: str, folder: Path, terminal: Terminal) -> Path:
+    parent, _, name = url.rpartition("/")
+    named = re.fullmatch(r"step-(\d{8})", name)
+    remote = Remote(parent if named else url)
+    for step in [int(named[1])] if named else reversed(remote.steps()):
+        into = folder / str(step)
+        into.mkdir()
+        try:
+            with terminal.progress(f"Fetching checkpoint {step}", None, counted=False):
+                remote.fetch(step, into, "model/")
+        except Damaged as error:
+            terminal.warning(f"checkpoint is damaged and not used: {error}")
+            shutil.rmtree(into)
+            continue
+        return into / "model"
+    raise ModelError("CHECKPOINT", "no checkpoint there that verifies", where=remote.shown,
+                     remedy="name the prefix of save.remote, or one step-NNNNNNNN below it")  # fmt: skip
 
 
 def model_folder(path: Path, terminal: Terminal) -> Path:

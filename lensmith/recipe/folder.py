@@ -32,11 +32,16 @@ from lensmith.report.metrics import read_metrics
 
 
 class Lock:
-    """One run at a time in a folder: a lock of the kernel's on a file that names its owner. It ends with the process
-    however that ends, and a process id that was given out again does not matter."""
+    """One run at a time in a folder: a lock of the kernel's on a file that names its owner (process, machine, boot). It
+    ends with the process however that ends, and a process id that was given out again does not matter.
+
+    Attributes:
+        left_by: the owner before, where it ended without giving the lock back.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+        self.left_by = ""
         self._fd: int | None = None
 
     def acquire(self) -> None:
@@ -46,7 +51,7 @@ class Lock:
             try:
                 fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                owner = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+                owner = " on ".join(_owner(fd).split()[:2]) or "unknown"
                 os.close(fd)
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise RunError("LOCKED", f"this file system has no locks ({error.strerror})", where=str(self.path),
@@ -56,9 +61,22 @@ class Lock:
             if self._is_current(fd):
                 break
             os.close(fd)  # its owner removed it just now
+        self.left_by = _owner(fd)
         os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        os.pwrite(fd, f"{os.getpid()} {platform.node()} {boot_id()}".encode(), 0)
         self._fd = fd
+
+    def is_held(self) -> bool:
+        """False: the file was deleted or replaced, as with its folder."""
+        return self._fd is not None and self._is_current(self._fd)
+
+    def renew(self) -> None:
+        """Make the file anew, where it was deleted. Raises as `acquire` does."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.acquire()
 
     def _is_current(self, fd: int) -> bool:
         try:
@@ -71,6 +89,50 @@ class Lock:
             self.path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = None
+
+
+def _owner(fd: int) -> str:
+    return os.pread(fd, 256, 0).decode(errors="replace").strip()
+
+
+def boot_id() -> str:
+    """Another one after every start of the machine; "" where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def ended_badly(left_by: str, metrics: Path) -> str:
+    """What is known of a session that ended without a word: its owner as the lock file has it, and its last step."""
+    process, host, boot = [*left_by.split(), "", "", ""][:3]
+    last = next((r for r in reversed(read_metrics(metrics)) if "rss_bytes" in r), None)
+    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    held = "" if last is None else f"; in step {last['step']} it held {last['rss_bytes'] / 2**30:.1f} of {gib:.1f} GiB"
+    here = f"the session before (process {process}{f' on {host}' if host else ''})"
+    if host == platform.node() and boot and boot != boot_id():
+        return f"{here} ended with a restart of the machine{held}"
+    return f"{here} was killed or crashed{held}. Out of memory? Look into dmesg, or ask the scheduler"
+
+
+class Grace:
+    """Warns once when a stop by signal takes longer than a scheduler waits before it kills: the rest of a step, then a
+    save."""
+
+    def __init__(self, seconds: float | None, warn: Callable[[str], None]):
+        self.seconds, self._warn = seconds, warn
+        self.step_seconds = 0.0
+
+    def saved(self, save_seconds: float) -> None:
+        needed = self.step_seconds + save_seconds
+        if self.seconds is None or needed <= self.seconds:
+            return
+        self._warn(
+            f"a stop by signal takes {needed:.1f} s (step {self.step_seconds:.1f} s, save {save_seconds:.1f} s), more "
+            f"than save.grace_seconds = {self.seconds:g}: a scheduler that kills after that time costs the steps since "
+            "the last save. Give the job more time to end, and set save.grace_seconds to it"
+        )
+        self.seconds = None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -216,12 +278,24 @@ def best_step(
     """The checkpoint of a stage with the best finite held-out metric; {} when none is asked for or known."""
     if metric is None:
         return set()
-    found: dict[int, float] = {}
+    manifests: dict[int, dict[str, Any]] = {}
     for step in store.steps():
         try:
-            manifest = read_manifest(store.path(step))
+            manifests[step] = read_manifest(store.path(step))
         except Damaged:
             continue
+    return best_of(manifests, metric, score, stage)
+
+
+def best_of(
+    manifests: dict[int, dict[str, Any]],
+    metric: str,
+    score: Callable[[dict[str, float], str], float | None],
+    stage: int = 0,
+) -> set[int]:
+    """As `best_step`, of these checkpoints: step -> manifest."""
+    found: dict[int, float] = {}
+    for step, manifest in manifests.items():
         value = score(manifest.get("metrics", {}), metric)
         if value is not None and manifest.get("stage", 0) == stage:
             found[step] = value

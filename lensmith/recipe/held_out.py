@@ -22,7 +22,9 @@ When = Literal["before", "during", "after"]
 
 
 class HeldOut:
-    def __init__(self, prepared: Prepared, built: Built, output: Path, terminal: Terminal):
+    def __init__(self, prepared: Prepared, built: Built, output: Path, terminal: Terminal, *, is_main: bool = True):
+        """`is_main`: whether this rank writes."""
+        self.is_main = is_main
         assert prepared.held is not None
         self.prepared, self.built, self.output, self.terminal = prepared, built, output, terminal
         self.held = prepared.held
@@ -33,7 +35,12 @@ class HeldOut:
         self.answers = Answers(built.root, prepared.family, self.held, generate) if generate is not None else None
 
     def measure(self, when: When) -> dict[str, Any]:
-        """{"when", "scores": loss and exact match, "extra": baseline and swapped (after only)}."""
+        """{"when", "scores": loss and exact match, "extra": baseline and swapped (after only)}. With several ranks each
+        does all of it: they stay in step, and come to the same figures."""
+        with self.built.whole_rest():
+            return self._measured(when)
+
+    def _measured(self, when: When) -> dict[str, Any]:
         scores: dict[str, float] = {}
         extra: dict[str, Any] = {}
         root = self.built.root
@@ -93,6 +100,8 @@ class HeldOut:
 
     def _show(self, answered: list[Answered], when: When) -> None:
         """samples.json: a few questions with picture and the answers before and after."""
+        if not self.is_main:
+            return
         assert self.answers is not None
         path = self.output / "samples.json"
         rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []

@@ -15,7 +15,7 @@ from lensmith.checkpoint.headers import name_of, read_contents
 from lensmith.checkpoint.inspect import Inspection, inspect
 from lensmith.core.errors import ConfigError, ModelError
 from lensmith.family.registry import FAMILIES, part_of_kind
-from lensmith.recipe.export import DTYPES, model_folder
+from lensmith.recipe.export import DTYPES, here, is_url, model_folder
 from lensmith.recipe.folder import Lock
 from lensmith.report.tables import Table, number, size
 from lensmith.report.terminal import Terminal
@@ -24,14 +24,22 @@ DISAGREES = 1
 """Exit status when a finding is an error."""
 
 
-def inspect_folder(path: Path, *, values: bool, repair: bool, dtype: str | None, terminal: Terminal) -> int:
-    """Say what a folder holds; the exit status. With `repair`, convert it first. Raises `UserError`s."""
+def inspect_folder(path: Path | str, *, values: bool, repair: bool, dtype: str | None, terminal: Terminal) -> int:
+    """Say what a folder, or a checkpoint in a store, holds; the exit status. With `repair`, convert it first. Raises
+    `UserError`s."""
     if dtype is not None and not repair:
         raise ConfigError(
             "DTYPE", "--dtype says what --repair converts to", remedy="add --repair, or use lensmith export"
         )
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError("DTYPE", f"--dtype {dtype!r}", remedy=f"one of {', '.join(DTYPES)}")
+    if is_url(path) and repair:
+        raise ConfigError("REPAIR", "a checkpoint in a store cannot be repaired", remedy="lensmith export it first")
+    with here(path, terminal) as folder:
+        return _inspect(folder, values, repair, dtype, terminal)
+
+
+def _inspect(path: Path, values: bool, repair: bool, dtype: str | None, terminal: Terminal) -> int:
     path = Path(os.path.realpath(path))  # a repair renames the folder itself: no link to it, and no working folder
     if repair:
         _repair(path, DTYPES.get(dtype or ""), terminal)

@@ -35,8 +35,8 @@ from lensmith.recipe.prepare import Prepared
 
 pc: Any = pyarrow.compute  # its functions are made at import: no stub knows them
 
-LOOKED_AT_STEPS = 300
-"""Steps whose rows are looked through for the largest."""
+LOOKED_AT_STEPS, FEWEST_STEPS = 300, 10
+"""Steps whose rows are looked through for the largest; over many ranks, which have more rows each, fewer."""
 BESIDE = 300 << 20
 """On a CPU, what is resident beside tensors: buffers of matrix libraries, code that is first used in a step, the data
 path (about 130 MiB), and what large blocks take of the heap, which grows by 256 MiB (measured, docs/memory.md)."""
@@ -73,11 +73,11 @@ class Prediction:
         return max(self.phases, key=lambda phase: phase.total)
 
 
-def predict(prepared: Prepared, index: Index, plan: Plan) -> Prediction | None:
+def predict(prepared: Prepared, index: Index, plan: Plan, ranks: int = 1) -> Prediction | None:
     """The peaks of a run over `index` and `plan`. None: no sample of its largest row can be read.
 
-    Of the first steps. Not counted: held-out evaluation, and what a resume maps besides. Raises one of `NEEDS_VALUES`
-    for a model that cannot run without values.
+    Of the first steps; `ranks`: over which their samples are spread, so that rows may be smaller. Not counted: held-out
+    evaluation, and what a resume maps besides. Raises one of `NEEDS_VALUES` for a model that cannot run without values.
     """
     run, folder = prepared.located.run, prepared.model_folder
     device, fake = device_of(run), without_values()
@@ -94,7 +94,7 @@ def predict(prepared: Prepared, index: Index, plan: Plan) -> Prediction | None:
         ledger.vocabulary = _vocabulary(built)
         _take_stock(ledger, built)
         phases = [_phase("Loading", ledger)]
-    row, several = _largest_row(prepared, built, Pipeline(index, plan, prepared.limits))
+    row, several = _largest_row(prepared, built, Pipeline(index, plan, prepared.limits, ranks=ranks))
     if row is None:
         return None
     built.root.cache = VisionCache(0) if run.vision_cache.enabled and built.root.vision_mode != "trained" else None
@@ -204,7 +204,7 @@ def _largest_row(prepared: Prepared, built: Built, pipeline: Pipeline) -> tuple[
     values = _values_kept(built)
     columns = [pipeline.index.column(name) for name in ("tokens", "patches", "supervised")]
     several, rows = False, {}
-    for step in islice(pipeline.plan.steps(), LOOKED_AT_STEPS):
+    for step in islice(pipeline.plan.steps(), max(FEWEST_STEPS, LOOKED_AT_STEPS // pipeline.ranks)):
         found = [tuple(member.number for member in row) for row in pipeline.rows_of(step)]
         several = several or len(found) > 1
         rows |= {row: values(*(int(column[list(row)].sum()) for column in columns)) for row in found if row}

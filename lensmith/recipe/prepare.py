@@ -216,6 +216,7 @@ def _loader_spec(located: Located, files: tuple[SourceFile, ...], family: Any, t
         text_tokens=located.run.model.add_tokens,
         documents=DocumentRules(data.documents.too_long, data.documents.overlap),
         videos=data.video,
+        decode_timeout=data.decode_timeout,
     )
 
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from lensmith.checkpoint.store import write_atomically
 from lensmith.core.errors import RunError
 from lensmith.data.tokenizer import TextTokenizer
+from lensmith.engine.forensics import InStep
 from lensmith.engine.guard import History
 from lensmith.engine.progress import Progress
 from lensmith.engine.rescue import Incident, Rescue
 from lensmith.engine.state import read_state
+from lensmith.parallel.ranks import attempt
 from lensmith.recipe import folder as run_folder
 from lensmith.recipe.incident import About, write_incident
 from lensmith.report.incidents import write_incidents_page
@@ -56,14 +58,15 @@ class StageRescue:
         return Rescue(
             stage.built.root.model, lambda sample: stage.pipeline.reread((sample,)), self.record, self.keep,
             self.roll_back, None if stage.stream is not None else lambda progress: feed.restart(),
+            None if stage.evened is None else InStep(stage.ranks, stage.evened.one),
         )  # fmt: skip
 
     def record(self, incident: Incident) -> None:
-        """Write the folder and the page, and say what was found."""
+        """Write the folder and the page, on the rank that found it, and say what was found."""
         stage, f = self.stage, incident.finding
-        folder = write_incident(incident, self._about(incident))
-        write_incidents_page(stage.output)
-        shown = str(folder.relative_to(stage.output))
+        shown = self._written(incident)
+        folder = stage.output / shown
+        stage.session.on_main("write the incidents page", lambda: write_incidents_page(stage.output))
         origins = [self._origin(incident, n) for n in f.samples]
         step = stage.start.first_step + incident.step
         stage.session.sinks.write({
@@ -78,6 +81,21 @@ class StageRescue:
             f"step {step}: {incident.text}{largest}; at fault: {fault}; {said[incident.action]} ({incident.why}). "
             f"Look into it: lensmith replay {folder}"
         )
+
+    def _written(self, incident: Incident) -> str:
+        """The incident's folder in the run folder. Raises `OSError` on all ranks where it cannot be written."""
+        found, error = None, None
+        if incident.owner:
+            found, error = attempt(lambda: write_incident(incident, self._about(incident)))
+        if error is not None and not isinstance(error, OSError):
+            raise error
+        why = error and (error.strerror or str(error))
+        mine = [None if found is None else str(found.relative_to(self.stage.output)), why]
+        each = self.stage.session.ranks.gather_json(mine, "keep the incident")
+        shown = next((folder for folder, _ in each if folder is not None), None)
+        if shown is None:
+            raise OSError(next(text for _, text in each if text is not None))
+        return shown
 
     def _about(self, incident: Incident) -> About:
         stage = self.stage
@@ -104,6 +122,8 @@ class StageRescue:
 
     def keep(self, p: Progress) -> None:
         """`incidents/history.json`, by stage."""
+        if not self.stage.session.ranks.is_main:
+            return
         path = self.stage.output / "incidents" / "history.json"
         path.parent.mkdir(exist_ok=True)
         everything = run_folder.read_json(path)
@@ -123,11 +143,14 @@ class StageRescue:
         are deleted; metrics, and samples dropped since then, are forgotten. Raises `RunError` NONFINITE where this
         stage has none, and as `Store.newest`."""
         stage = self.stage
-        newest = stage.store.newest(stage.terminal.warning, stage.start.first_step + last)
+        stage.saving.wait()
+        newest = stage.session.newest(stage.start.first_step + last)
         if newest is None or int(newest.manifest.get("stage", 0)) != stage.number:
             which = "of this stage " if newest is not None else ""
             raise RunError("NONFINITE", f"there is no checkpoint {which}up to step {last} to go back to")
-        stage.store.forget_after(newest.step)
+        if stage.session.mirror is not None:
+            stage.session.mirror.forget_after(newest.step)
+        stage.session.on_main("forget later checkpoints", lambda: stage.store.forget_after(newest.step))
         back = read_state(newest.folder / "state", stage.built.optimizer)
         reached = stage.progress.step
         stage.session.rewind(stage.start.first_step + back.step)

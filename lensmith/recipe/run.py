@@ -19,6 +19,7 @@ from lensmith.engine.options import AdamW, Cosine, Guard, Optimizer, Save, Sched
 from lensmith.evaluate.options import Evaluate
 from lensmith.model.options import Lora, Model, Precision, Tune, VisionCache
 from lensmith.objective.options import NextToken, Objective
+from lensmith.parallel.options import Parallel
 from lensmith.report.sinks import SinkConfig
 
 
@@ -92,6 +93,8 @@ class Run(Part):
     """How the rate moves."""
     train: Train = Train()
     """Length and conduct."""
+    parallel: Parallel = Parallel()
+    """Several devices."""
     guard: Guard = Guard()
     """Steps that are not finite."""
     save: Save = Save()

@@ -9,13 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from lensmith.checkpoint.export import SavedTypes, write_adapter, write_model
 from lensmith.checkpoint.store import Published, write_atomically
 from lensmith.core.errors import DataError, UserError
 from lensmith.data.pipeline import Pipeline, StepRows, no_picture_known
@@ -23,18 +22,22 @@ from lensmith.data.windows import StreamPipeline
 from lensmith.engine.loop import Callbacks, Loop
 from lensmith.engine.progress import Progress
 from lensmith.engine.scale import LossScale
-from lensmith.engine.state import carry_state, read_state, write_state
+from lensmith.engine.state import carry_state, read_state
 from lensmith.engine.step import StepResult
-from lensmith.model.options import Lora
+from lensmith.model.precision import PrecisionPlan
+from lensmith.model.root import Root
 from lensmith.model.vision_cache import VisionCache
 from lensmith.recipe import folder as run_folder
-from lensmith.recipe.build import build, data_workers
-from lensmith.recipe.held_out import HeldOut
+from lensmith.recipe.build import Built, build, data_workers
+from lensmith.recipe.held_out import HeldOut, When
 from lensmith.recipe.identity import check_identity, identity
 from lensmith.recipe.prepare import Prepared, require_steps
 from lensmith.recipe.probe import check_borders
 from lensmith.recipe.rescue import Feed, StageRescue
+from lensmith.recipe.saving import Saving
+from lensmith.recipe.spread import Evened
 from lensmith.recipe.stream import OpenStream
+from lensmith.recipe.together import SharedStep, shared_steps
 from lensmith.recipe.train import peak_rss_bytes
 from lensmith.report.tables import what_trains
 
@@ -86,6 +89,7 @@ class StageRun:
         base = None if start.base is None else self.output / start.base
         self.prepared = prepared if base is None else replace(prepared, model_folder=base, has_added_tokens=True)
         self.run_file = prepared.located.run
+        self.ranks = session.ranks
         self.name = prepared.located.stage_name
         self.dropped: dict[Any, tuple[str, str]] = {}
         """Origin (of a stream: window and number in it) -> reason and detail of samples dropped at load."""
@@ -94,6 +98,7 @@ class StageRun:
         """What ended the stream."""
         self.fill: list[float] = []
         self.held: HeldOut | None = None
+        self.is_built = False
         self.rescue = StageRescue(self)
 
     # -- the beginning ------------------------------------------------------------------------------------------
@@ -105,18 +110,28 @@ class StageRun:
         if resume is not None:
             check_identity(resume.manifest.get("identity", {}), self.identity, str(resume.folder))
         with self.terminal.progress(f"Loading {self.prepared.model_folder.name}", None, counted=False):
-            self.built = build(self.prepared, carried=self._carried)
-            check_borders(self.prepared, self.built.root, self.built.precision)
+            self.built = self.ranks.together("load the model", self._build)
+        self.is_built = True
+        self.saving = Saving(self)
         self.progress = read_state(resume.folder / "state", self.built.optimizer) if resume else Progress()
         if resume is not None:
             self.rescue.remember(self.progress)
+        for text in () if self.built.spread is None else self.built.spread.warnings:
+            self.terminal.warning(text)
         if self.built.precision.loss_scale and self.progress.scale is None:
             self.progress.scale = LossScale()
         self.total = self._num_steps()
         cache, mode = self.built.root.cache, self.built.root.vision_mode
-        self.warmed = cache is not None and self.stream is None and warm_pays(self.prepared, mode, cache)
+        alone = self.stream is None and not self.ranks.several
+        self.warmed = alone and cache is not None and warm_pays(self.prepared, mode, cache)
         if resume is not None:  # what paid at the start decides: a longer run must go on with the same bits
             self.warmed = self.warmed and bool(resume.manifest.get("warmed", True))
+
+    def _build(self) -> Built:
+        def check(root: Root, plan: PrecisionPlan) -> None:
+            check_borders(self.prepared, root, plan)
+
+        return build(self.prepared, carried=self._carried, ranks=self.ranks, check=check)
 
     def _num_steps(self) -> int:
         if self.stream is not None:
@@ -163,36 +178,44 @@ class StageRun:
     # -- the loop -----------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        run, root, progress = self.run_file, self.built.root, self.progress
-        self.dropped = run_folder.dropped(self.session.metrics.path, self.name)
-        self.held = HeldOut(self.prepared, self.built, self.output, self.terminal) if self.prepared.held else None
+        run, progress = self.run_file, self.progress
+        self.dropped = run_folder.dropped(self.session.metrics_path, self.name)
+        self.held = None
+        if self.prepared.held:
+            main = self.ranks.is_main
+            self.held = HeldOut(self.prepared, self.built, self.output, self.terminal, is_main=main)
         self.clock.lap("startup")
         dry_run = self.session.dry_run
         feed = Feed(self._steps, progress, progress.step + 1 if dry_run else self.total)
         if self.total > progress.step or (self.held is not None and "after" not in self.heldout):
-            self._warm()
+            with self.session.dog.phase("encode pictures"):
+                self._warm()
         # figures that are known already are of an attempt that ended before this stage's first checkpoint
         before = self.held is not None and run.evaluate.before and "before" not in self.heldout
         if self.held is not None and progress.step == 0 and before and not dry_run:
-            self._record_eval(progress, self.held.measure("before"))
+            self._record_eval(progress, self._measure("before"))
         self.clock.lap("evaluate")
         loop = Loop(
-            root=root, optimizer=self.built.optimizer, schedule=run.schedule, part_of=self.built.part_of,
+            root=self.built.forward, optimizer=self.built.optimizer, schedule=run.schedule, part_of=self.built.part_of,
             train=run.train, saving=run.save, total_steps=self.total, first_step=self.start.first_step,
             evaluate_every=run.evaluate.every_steps if self.held else None,
-            callbacks=Callbacks(self._log, self._evaluate, self._save, self._refresh, self._event), progress=progress,
-            guard=run.guard, rescue=self.rescue.callbacks(feed),
+            callbacks=Callbacks(self._log, self._evaluate, self._save, self._refresh, self._event),
+            progress=progress, guard=run.guard, rescue=self.rescue.callbacks(feed), ranks=self.ranks,
         )  # fmt: skip
         remaining = self.total - progress.step
         with self.terminal.progress(f"Training {self.name}".strip(), remaining) as self.bar, closing(feed):
             if remaining > 0 and not loop.is_over:  # the run was made longer, or fell back
                 self.session.forget_figures(self.number)
-            loop.run(feed)
+            try:
+                loop.run(feed)
+            finally:
+                with self.session.dog.phase("save"):
+                    self.saving.wait()
         if self.stream is not None and not dry_run:
             self._end_stream(self.stream, loop.is_over)
         self.clock.lap("train")
         if self.held is not None and not dry_run and "after" not in self.heldout:
-            self._record_eval(progress, self.held.measure("after"))
+            self._record_eval(progress, self._measure("after"))
         self.clock.lap("evaluate")
 
     def _end_stream(self, stream: OpenStream, stopped_early: bool) -> None:
@@ -207,15 +230,34 @@ class StageRun:
         if done < self.total and not stopped_early:
             self.terminal.warning(f"the stream ended after step {done} of {self.total}")
 
-    def _steps(self) -> Iterator[StepRows]:
+    def _steps(self) -> Iterator[SharedStep]:
+        steps = shared_steps(self._read_steps(), self.ranks)
+        return steps if self.evened is None else self.evened(steps)
+
+    @cached_property
+    def evened(self) -> Evened | None:
+        """What keeps ranks in step, where an engine spreads the model over them."""
+        spread = self.built.spread
+        if spread is None:
+            return None
+        whole = spread.whole_tower and self.built.root.vision_mode == "frozen"
+        return Evened(self.prepared, pictures=not whole)
+
+    def _read_steps(self) -> Iterator[StepRows]:
         """The steps from the progress on. Of a stream, up to what ends it: they are saved before that is said."""
         cache, workers = self.built.root.cache, data_workers(self.run_file)
         known, p = no_picture_known if cache is None else cache.known, self.progress
         if self.stream is None:
             plan = replace(self.prepared.plan, excluded=dict(p.excluded))
-            self.pipeline = Pipeline(self.prepared.train, plan, self.prepared.limits, workers=workers, known=known)
+            self.pipeline = Pipeline(
+                self.prepared.train, plan, self.prepared.limits, workers=workers, known=known, rank=self.ranks.rank,
+                ranks=self.ranks.size,
+            )  # fmt: skip
             return self.pipeline.steps(p.step, p.cursor)
-        self.pipeline = StreamPipeline(self.stream.spec, self.prepared.limits, workers=workers, known=known)
+        self.pipeline = StreamPipeline(
+            self.stream.spec, self.prepared.limits, workers=workers, known=known, rank=self.ranks.rank,
+            ranks=self.ranks.size,
+        )  # fmt: skip
         return self._readable(self.pipeline.steps(p.step, p.stream))
 
     def _readable(self, steps: Iterator[StepRows]) -> Iterator[StepRows]:
@@ -227,7 +269,9 @@ class StageRun:
 
     def release(self) -> None:
         """Let go of model and optimizer: the next stage makes its own, and both would not fit a GPU."""
-        del self.built, self.held, self.pipeline
+        self.built.close()
+        self.is_built = False
+        del self.built, self.held, self.pipeline, self.saving
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -236,7 +280,7 @@ class StageRun:
     def heldout(self) -> dict[str, Any]:
         return self.session.heldout_of(self.name)
 
-    def _at(self, p: Progress) -> int:
+    def at(self, p: Progress) -> int:
         """The step over all stages."""
         return self.start.first_step + p.step
 
@@ -264,20 +308,24 @@ class StageRun:
         return row
 
     def _log(self, p: Progress, data: Any, result: StepResult, seconds: float) -> None:
+        self.session.dog.beat(self.at(p), "train")
+        for late in self.session.dog.stragglers():
+            self._event("straggler", late)
+        self.saving.poll()
         self._warn(p, data, result)
         self._note_dropped(p, data)
-        rows = max(1, len(data.rows))
+        self.session.grace.step_seconds = seconds
+        rows = max(1, data.num_rows)
         self.fill.append(data.num_tokens / (rows * self.prepared.limits.device_tokens))
         self.session.losses.append(result.loss if math.isfinite(result.loss) else None)
         record = {
-            "kind": "step", "step": self._at(p), **self.about_stage, "epoch": round(p.epoch, 6), "loss": result.loss,
+            "kind": "step", "step": self.at(p), **self.about_stage, "epoch": round(p.epoch, 6), "loss": result.loss,
             "lr": result.rates, "grad_norm": result.grad_norm, "grad_norm_parts": result.grad_norm_parts,
             "applied": result.applied, "clipped_to": result.clipped_to, "tokens": data.num_tokens,
-            "supervised": sum(len(r.supervised_S) for r in data.rows), "samples": data.num_samples,
-            "image_tokens": int(sum((r.kind_T != 0).sum() for r in data.rows)), "padding": 0,
-            "rows": len(data.rows), "fill": round(self.fill[-1], 4), "sources": self._by_source(data, result),
+            "supervised": data.positions, "samples": data.num_samples, "image_tokens": data.image_tokens, "padding": 0,
+            "rows": data.num_rows, "fill": round(self.fill[-1], 4), "sources": self._by_source(data, result),
             "cost": data.cost.total, "cost_spread": {"ranks": data.cost.ranks, "rows": data.cost.rows},
-            "row_seconds_spread": result.row_seconds_spread,
+            "row_seconds_spread": result.row_seconds_spread, "rank_seconds_spread": result.rank_seconds_spread,
             "tokens_per_second": data.num_tokens / seconds, "samples_per_second": data.num_samples / seconds,
             "step_seconds": seconds, "data_wait_seconds": data.wait_seconds, "rss_bytes": peak_rss_bytes(),
         }  # fmt: skip
@@ -295,7 +343,7 @@ class StageRun:
         self._check_dropped(data)
 
     def _warn(self, p: Progress, data: Any, result: StepResult) -> None:
-        step, spike = self._at(p), result.spike
+        step, spike = self.at(p), result.spike
         figures = f"step {step}: loss {result.loss:.6g}, gradient norm {result.grad_norm:.6g}"
         if spike is not None and spike.is_spike:
             found = {"loss_z": spike.loss_z, "grad_norm_z": spike.norm_z, "clipped_to": result.clipped_to}
@@ -309,7 +357,7 @@ class StageRun:
 
     def forget_dropped(self) -> None:
         """After a roll-back: what was dropped behind the checkpoint will be met again."""
-        self.dropped = run_folder.dropped(self.session.metrics.path, self.name)
+        self.dropped = run_folder.dropped(self.session.metrics_path, self.name)
 
     def _by_source(self, data: Any, result: StepResult) -> dict[str, dict[str, Any]]:
         """Of each source in the step: samples, tokens, supervised tokens and their mean loss (unweighted)."""
@@ -330,7 +378,7 @@ class StageRun:
     def _note_dropped(self, p: Progress, data: Any) -> None:
         for number, reason, detail in data.dropped:
             key = origin = data.index.origin(number)
-            about = {"step": self._at(p), **self.about_stage, "origin": origin, "reason": reason, "detail": detail}
+            about = {"step": self.at(p), **self.about_stage, "origin": origin, "reason": reason, "detail": detail}
             if self.stream is not None:  # each pass over a row is a row of the ledger
                 key = data.step.stream["window"], number
                 about |= {"window": key[0], "sample": number}
@@ -361,67 +409,42 @@ class StageRun:
         raise DataError("TOO_MANY_DROPPED", f"{text}{most}", where=str(self.output / "ledger.parquet"),
                         remedy="restore these pictures and run again, or raise data.max_dropped")  # fmt: skip
 
+    def event(self, name: str, **fields: Any) -> dict[str, Any]:
+        """A record for the metrics file."""
+        return {"kind": "event", "name": name, **self.about_stage, **fields}
+
     def _event(self, name: str, fields: dict[str, Any]) -> None:
-        self.session.sinks.write({"kind": "event", "name": name, **self.about_stage, **fields})
+        self.session.sinks.write(self.event(name, **fields))
         self.terminal.event(name, **fields)
 
     def _evaluate(self, p: Progress) -> dict[str, float]:
-        assert self.held is not None
         self.clock.lap("train")
-        found = self.held.measure("after" if p.step >= self.total and self.held.always_all else "during")
+        assert self.held is not None
+        found = self._measure("after" if p.step >= self.total and self.held.always_all else "during")
         self._record_eval(p, found)
         self.clock.lap("evaluate")
         return found["scores"]
 
+    def _save(self, p: Progress, metrics: dict[str, float] | None) -> None:
+        with self.session.dog.phase("save"):
+            self.saving.save(p, metrics)
+
+    def _measure(self, when: When) -> dict[str, Any]:
+        assert self.held is not None
+        with self.session.dog.phase("evaluate"):
+            return self.held.measure(when)
+
     def _record_eval(self, p: Progress, found: dict[str, Any]) -> None:
-        scores, step = found["scores"], self._at(p)
+        scores, step = found["scores"], self.at(p)
         if found["when"] != "during":
             self.heldout[found["when"]] = scores
             self.heldout.update(found.get("extra", {}))
-            everything = json.dumps(run_folder.finite(self.session.heldout))
-            write_atomically(self.output / "heldout.json", everything.encode())
+            if self.ranks.is_main:
+                self.session.keep_folder(self)
+                everything = json.dumps(run_folder.finite(self.session.heldout))
+                write_atomically(self.output / "heldout.json", everything.encode())
         metrics = {k: v for k, v in scores.items() if k != "loss"}
         about = {"kind": "eval", "step": step, **self.about_stage, "loss": scores.get("loss"), "metrics": metrics}
         self.session.sinks.write(about)
         text = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
         self.terminal.event("eval", f"held out, step {step}: {text}", step=step, **scores)
-
-    # -- saving -------------------------------------------------------------------------------------------------
-
-    def _save(self, p: Progress, metrics: dict[str, float] | None) -> None:
-        self.clock.lap("train")
-        finite = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
-        about = {
-            "identity": self.identity,
-            "metrics": finite,
-            "tune": self.run_file.tune.kind,
-            "total_steps": self.total,
-            "warmed": self.warmed,
-            "stage": self.number,
-            "first_step": self.start.first_step,
-            "base": self.start.base,
-            "borders": self.session.borders,
-            "settled": self.session.settled,
-        }
-        published = self.store.publish(self._at(p), lambda folder: self._write(folder, p), about)
-        if not p.bad_in_a_row:  # behind a step that was not applied, the way back stays
-            self.store.purge(self.run_file.save.keep_last, self.session.best_steps() | set(self.session.borders))
-        self.clock.lap("save")
-        about = {"kind": "event", "name": "checkpoint", "step": self._at(p), **self.about_stage}
-        self.session.sinks.write({**about, "path": published.folder.name})
-
-    def _write(self, folder: Path, p: Progress) -> None:
-        write_state(folder / "state", self.built.optimizer, p)
-        base, family = self.prepared.model_folder, self.prepared.family
-        pixels = family.pixels.limits
-        tune = self.run_file.tune
-        if isinstance(tune, Lora):
-            dtype = self.built.precision.of("adapter").saved
-            name, revision = run_folder.base_name(self.prepared)
-            write_adapter(folder / "model", self.built.tuned.peft, base, name, dtype, revision=revision, pixels=pixels)
-        else:
-            types = SavedTypes.planned(self.built.precision, family.part_of)
-            write_model(folder / "model", self.built.tuned.model, base, types,
-                        shard_gb=self.run_file.save.shard_gb, pixels=pixels)  # fmt: skip
-        if self.run_file.model.add_tokens:
-            (folder / "model" / "tokenizer.json").write_text(self.prepared.train.spec.tokenizer_json, encoding="utf-8")

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,28 @@ def train(
 ) -> Outcome:
     """Train a run file (or an already loaded run). Resumes by itself from the newest checkpoint that verifies.
 
+    One rank of several where a launcher says so by its variables; all ranks call this with the same run.
+
     `dry_run`: index, model, one step and one save in a temporary folder; nothing is kept. Raises `UserError`s, and
     `Interrupted` after a signal.
     """
     clock = Clock()
+    from lensmith.parallel.ranks import Ranks, from_env, join, leave
+    from lensmith.parallel.watchdog import Watchdog
+    from lensmith.recipe.build import device_of
     from lensmith.recipe.run import Located, load_run
     from lensmith.recipe.session import Session
 
     located = run if isinstance(run, Located) else load_run(run, overrides)
-    terminal = terminal or Terminal("normal")
-    with Session(located, terminal, clock, dry_run=dry_run) as session:
-        return Outcome(session.output, session.run())
+    ranks = from_env()
+    terminal = (terminal or Terminal("normal")) if ranks.is_main else Terminal.silent()
+    joined = join(ranks, device_of(located.run))
+    timeout = located.run.parallel.timeout
+    try:
+        with Watchdog(located.output / "ranks", Ranks() if dry_run else ranks, timeout) as dog:
+            watched = replace(ranks, beat=dog.collective)
+            with Session(located, terminal, clock, dry_run=dry_run, ranks=watched, dog=dog) as session:
+                return Outcome(session.output, session.run())
+    finally:
+        if joined:
+            leave()

@@ -1,7 +1,7 @@
 """Where a run's numbers go besides `metrics.jsonl`: TensorBoard, W&B, Trackio, MLflow.
 
-The metrics file is the truth and must be writable; a sink is a convenience, so one that fails is switched off and the
-run goes on. Each package is imported only when its sink is opened.
+The metrics file is the truth: its records wait when the disk is full. A sink is a convenience, so one that fails is
+switched off and the run goes on. Each package is imported only when its sink is opened.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Sinks:
     """The metrics file and the run's sinks behind one `write`.
 
     Args:
-        warn: is told once about each sink that is switched off.
+        warn: is told once about each sink that is switched off, and once when the metrics file cannot be written.
     Attributes:
         lost: records per sink that it did not take.
     """
@@ -133,6 +133,16 @@ class Sinks:
         self._off: set[str] = set()
         self._warn = warn
         self.lost: Counter[str] = Counter()
+        self._said = False
+
+    @property
+    def records(self) -> dict[str, int]:
+        """Of the metrics file: records that had to wait for the disk, and that were never written."""
+        return {"late": self._writer.late, "lost": self._writer.lost}
+
+    def restore(self) -> None:
+        """Make the metrics file anew, where it was deleted."""
+        self._writer.restore()
 
     def open(self, run_name: str, config: Record) -> None:
         for name, sink in self._sinks.items():
@@ -140,7 +150,7 @@ class Sinks:
 
     def write(self, record: Record) -> None:
         """Append to the metrics file, then hand the numbers to each working sink. Events go to the file only."""
-        self._writer.write(record)
+        self._put(record)
         if record["kind"] == "event":
             return
         flat = flatten(record)
@@ -156,6 +166,13 @@ class Sinks:
                 self._guarded(name, None, lambda sink=sink: _quiet(sink.close))
         self._writer.close()
 
+    def _put(self, record: Record) -> None:
+        self._writer.write(record)
+        if self._writer.refused is not None and not self._said:
+            self._said = True
+            text = f"{self._writer.path} cannot be written ({self._writer.refused}); training goes on, and what belongs"
+            self._warn(f"{text} there is written when that is possible again")
+
     def _guarded(self, name: str, step: int | None, call: Callable[[], None]) -> None:
         try:
             call()
@@ -163,8 +180,26 @@ class Sinks:
             self._off.add(name)
             reason = f"{type(error).__name__}: {error}"[:500]
             event: Record = {"kind": "event", "name": "sink_off", "sink": name, "reason": reason}
-            self._writer.write(event if step is None else {**event, "step": step})
+            self._put(event if step is None else {**event, "step": step})
             self._warn(f"the sink {name!r} failed and is off for the rest of this run ({reason})")
+
+
+class NoSinks:
+    """Of a rank that another writes for."""
+
+    records: ClassVar[dict[str, int]] = {"late": 0, "lost": 0}
+
+    def restore(self) -> None:
+        pass
+
+    def open(self, run_name: str, config: Record) -> None:
+        pass
+
+    def write(self, record: Record) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def make_sinks(configs: list[_Any], run_folder: Path, first_step: int = 1) -> dict[str, Sink]:

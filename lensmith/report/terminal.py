@@ -5,6 +5,10 @@ Rich costs 60 ms to import, so it is imported where something is drawn.
 
 from __future__ import annotations
 
+import atexit
+import errno
+import io
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +28,7 @@ Mode = Literal["normal", "quiet", "json"]
 JSON_EVERY_SECONDS = 5.0
 LOG_EVERY_SECONDS = 30.0  # a file or a pipe, where a bar cannot be redrawn
 FILE_COLUMNS = 120
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 BRIEF_SECONDS = 2.0  # a bar that was up for less leaves no trace
 
 
@@ -75,6 +80,11 @@ class Terminal:
         self._out, self._err = out, err
         self._made: Console | None = None
 
+    @classmethod
+    def silent(cls) -> Terminal:
+        """One that says nothing at all: of a rank that another speaks for."""
+        return cls("quiet", err=io.StringIO())
+
     @property
     def console(self) -> Console:
         if self._made is None:
@@ -87,16 +97,19 @@ class Terminal:
             self._json({"event": name, **({"message": message} if message else {}), **fields})
         elif self.mode == "normal":
             text = message or " ".join([name, *(f"{k}={tables.figure(k, v)}" for k, v in fields.items())])
-            self.console.print(terminal_safe(text))
+            with _full_disk_says_nothing():
+                self.console.print(terminal_safe(text))
 
     def warning(self, message: str) -> None:
         """Shown in every mode: `quiet` has it on stderr."""
         if self.mode == "quiet":
-            print(f"warning: {terminal_safe(message)}", file=self._err or sys.stderr)
+            with _full_disk_says_nothing():
+                print(f"warning: {terminal_safe(message)}", file=self._err or sys.stderr)
         elif self.mode == "json":
             self._json({"event": "warning", "message": message})
         else:
-            self.console.print(f"warning: {terminal_safe(message)}", style="yellow")
+            with _full_disk_says_nothing():
+                self.console.print(f"warning: {terminal_safe(message)}", style="yellow")
 
     def show(self, name: str, table: tables.Table) -> None:
         """Draw a table; in `json` mode its cells are one event called `name`."""
@@ -105,7 +118,8 @@ class Terminal:
             footer = dict(zip(table.columns, table.footer, strict=True)) if table.footer else {}
             self._json({"event": name, "rows": rows, **({"total": footer} if footer else {})})
         elif self.mode == "normal":
-            self.console.print(rich_table(table))
+            with _full_disk_says_nothing():
+                self.console.print(rich_table(table))
 
     @contextmanager
     def progress(self, description: str, total: int | None, *, counted: bool = True) -> Iterator[Progress]:
@@ -164,7 +178,28 @@ class Terminal:
         self.event("progress", f"{description}: {progress.done:,}{of_total} in {took}{left}{note}")
 
     def _json(self, record: dict[str, Any]) -> None:
-        print(json_line(record), file=self._out or sys.stdout, flush=True)
+        with _full_disk_says_nothing():
+            print(json_line(record), file=self._out or sys.stdout, flush=True)
+
+
+@contextmanager
+def _full_disk_says_nothing() -> Iterator[None]:
+    """A log on a full disk misses lines; training does not end for them."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        atexit.register(_let_go)
+
+
+def _let_go() -> None:
+    """What still cannot be written at the end is given up: Python would exit with 120 for it."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def rich_table(table: tables.Table) -> Table:

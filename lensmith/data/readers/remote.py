@@ -77,7 +77,7 @@ def fetch(url: str, cache: Path, progress: Progress | None = None) -> Path:
 
     Several processes may fetch at once. Raises DataError REMOTE, ConfigError CACHE.
     """
-    system, path = _file_system(url)
+    system, path = file_system(url)
     with remote_errors(url):
         info = system.info(path)
         if info.get("type") == "directory":
@@ -108,7 +108,7 @@ class _Remote(io.RawIOBase):
 
     def __init__(self, url: str):
         self._url = url
-        system, path = _file_system(url)
+        system, path = file_system(url)
         with remote_errors(url):
             self._seekable = not url.lower().startswith("http") or _has_ranges(system, path)
             # block_size 0: one request for the whole, its answer read as it comes
@@ -150,7 +150,9 @@ def _has_ranges(system: Any, path: str) -> bool:
     return True
 
 
-def _file_system(url: str) -> tuple[Any, str]:
+def file_system(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it. Keys come from where the client library looks for them. Raises
+    DataError REMOTE."""
     with remote_errors(url):
         if "::" in url:
             raise ValueError("a chain of file systems (::) is not supported")
@@ -158,6 +160,8 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def _options(scheme: str) -> dict[str, Any]:
+    if scheme in ("file", "local"):
+        return {"auto_mkdir": True}  # as a store does, which has no folders
     if scheme not in ("http", "https"):
         return {}
     from aiohttp import ClientTimeout
@@ -176,7 +180,7 @@ def _is_glob(url: str) -> bool:
 
 
 def _listed(url: str) -> list[str]:
-    system, path = _file_system(url)
+    system, path = file_system(url)
     with remote_errors(url):
         if _is_glob(url):
             names = system.glob(path)
@@ -234,9 +238,14 @@ def remote_errors(url: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         extra = EXTRAS.get(urlsplit(url).scheme.lower()) if isinstance(error, ImportError) else None
-        cause = _innermost(error)
-        said = f"{type(cause).__name__}: {cause}".rstrip(": ")
-        raise _refused(url, said, f'pip install "lensmith[{extra}]"' if extra else "") from None
+        raise _refused(url, cause_of(error), f'pip install "lensmith[{extra}]"' if extra else "") from None
+
+
+def cause_of(error: BaseException) -> str:
+    """What began it, on one line, without keys."""
+    cause = _innermost(error)
+    said = f"{type(cause).__name__}: {cause}".rstrip(": ")
+    return mask(" ".join(said.split()))[:400]
 
 
 def _innermost(error: BaseException) -> BaseException:
@@ -247,6 +256,5 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 def _refused(url: str, cause: str, remedy: str = "") -> DataError:
-    cause = mask(" ".join(cause.split()))[:400]
     remedy = remedy or "see that the address, the access rights and the connection are right, or copy the file here"
     return DataError("REMOTE", cause, where=mask(url), remedy=remedy)

@@ -1,0 +1,149 @@
+"""Training on two ranks gives what one rank gives: every engine, full and LoRA, text and pictures."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks_kit import gradients, losses, on_ranks, recorded, train_all
+from runs import located, quiet_train
+from tiny import make_chat, make_model
+
+from lensmith.engine.state import Saved, read_state
+from lensmith.recipe import stage
+from lensmith.recipe.run import Located
+from lensmith.report.metrics import read_metrics
+
+STEPS = 10
+ENGINES: dict[str, Any] = {
+    "local": "local",
+    "fsdp2": {"kind": "fsdp2"},
+    "hsdp": {"kind": "fsdp2", "shard": 1},
+    "zero1": {"kind": "deepspeed", "zero": 1},
+    "zero2": {"kind": "deepspeed", "zero": 2},
+    "zero3": {"kind": "deepspeed", "zero": 3},
+}
+TUNES: dict[str, Any] = {
+    "full": {"kind": "full"},
+    "lora": {"kind": "lora", "rank": 4, "parts": ["language", "projector"]},
+    "language": {"kind": "freeze", "train": ["language"]},
+}
+DATA = {"text": 1.0, "mixed": 0.6}
+
+
+def cell_run(folder: Path, base: Path, source: Path, engine: str, tune: str, **over: Any) -> Located:
+    return located(
+        folder / f"{engine}-{tune}-{source.parent.name}" / "run", base, source,
+        tune=TUNES[tune], parallel={"engine": ENGINES.get(engine, "local")},
+        batch={"samples": 6, "device_tokens": 256}, data={"max_tokens": 256},
+        train={"max_steps": STEPS, "clip_norm": 1.0}, save={"every_steps": 5}, **over,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every cell once: on one rank here, and on two in one pair of processes."""
+    folder = tmp_path_factory.mktemp("grid")
+    import os
+
+    os.environ["LENSMITH_CACHE"] = str(folder / "cache")
+    base = make_model(folder / "model", "qwen2_5_vl")
+    runs: list[Located] = []
+    for name, share in DATA.items():
+        source = make_chat(folder / name, 40, seed=1, text_only=share)
+        for tune in TUNES:
+            alone = cell_run(folder, base, source, "alone", tune)
+            with recorded(alone.output.parent.mkdir(parents=True) or alone.output.with_name("run-gradients-0.npz")):
+                quiet_train(alone)
+            runs += [cell_run(folder, base, source, engine, tune) for engine in ENGINES]
+    for run in runs:
+        run.output.parent.mkdir(parents=True)
+    train_all(2, folder / "pair", runs)
+    return folder
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("tune", TUNES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_are_one(grid: Path, engine: str, tune: str, data: str) -> None:
+    alone, other = grid / f"alone-{tune}-{data}" / "run", grid / f"{engine}-{tune}-{data}" / "run"
+    mine, theirs = losses(alone), losses(other)
+    assert len(theirs) == STEPS and np.allclose(theirs, mine, rtol=1e-5, atol=0)
+    want, found = gradients(alone), gradients(other)
+    for key in set(found) - set(want):  # ZeRO holds a gradient of what no sample used
+        assert not found[key].any(), key
+    for key, gradient in want.items():
+        apart = np.linalg.norm(found[key] - gradient)
+        assert apart <= 1e-5 * np.linalg.norm(gradient) + 1e-9, key
+
+
+# -- elastic ----------------------------------------------------------------------------------------------------------
+
+CHANGES = (
+    ("alone", "local"), ("alone", "fsdp2"), ("alone", "zero3"), ("local", "zero2"), ("fsdp2", "zero3"),
+    ("zero3", "hsdp"), ("zero2", "fsdp2"), ("zero1", "local"),
+)  # fmt: skip
+
+
+def checked_read(folder: Path, optimizer: Any) -> Any:
+    """Every element that a rank holds is the one in the checkpoint, bit for bit."""
+    progress = read_state(folder, optimizer)
+    saved, seen = Saved(folder), 0
+    for piece in optimizer.pieces():
+        want = saved.read(piece.key, piece.start, piece.start + piece.values.numel())
+        if want is None:  # of a parameter that was never used, ZeRO has moments of zero
+            assert not piece.values.any(), piece.key
+            continue
+        assert torch.equal(want.flatten(), piece.values.detach().cpu().flatten().float()), piece.key
+        seen += 1
+    assert seen
+    return progress
+
+
+@pytest.fixture(scope="module")
+def elastic(grid: Path) -> Path:
+    """The first half of a run by one engine, the second by another."""
+    base, source = grid / "model", grid / "mixed" / "train.jsonl"
+    runs: list[Located] = []
+    for before, after in CHANGES:
+        run = cell_run(grid / f"from-{before}", base, source, after, "full")
+        half(grid / f"{before}-full-mixed" / "run", run.output)
+        runs.append(run)
+
+    def work(rank: int) -> None:
+        stage.read_state = checked_read
+        for run in runs:
+            quiet_train(run)
+
+    on_ranks(2, grid / "second-pair", work)
+    return grid
+
+
+def half(run: Path, into: Path) -> None:
+    """The run as it was when its fifth step was saved."""
+    shutil.copytree(run, into)
+    shutil.rmtree(into / "checkpoints" / "step-00000010")
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES)
+def test_another_engine_goes_on(elastic: Path, before: str, after: str) -> None:
+    """The state is the same bit for bit (`checked_read`), and so the run goes on as one rank would."""
+    alone = losses(elastic / "alone-full-mixed" / "run")
+    found = losses(elastic / f"from-{before}" / f"{after}-full-mixed" / "run")
+    assert len(found) == STEPS and np.allclose(found, alone, rtol=1e-5, atol=0)
+
+
+def test_two_ranks_and_one_again(elastic: Path) -> None:
+    """1 -> 2 -> 1 ranks: the same samples in the same steps, the same losses."""
+    run = cell_run(elastic / "back", elastic / "model", elastic / "mixed" / "train.jsonl", "alone", "full")
+    half(elastic / "from-alone" / "local-full-mixed" / "run", run.output)
+    quiet_train(run)
+    steps = [[r for r in read_metrics(f / "metrics.jsonl") if r["kind"] == "step"]
+             for f in (elastic / "alone-full-mixed" / "run", run.output)]  # fmt: skip
+    for mine, theirs in zip(*steps, strict=True):
+        assert all(mine[k] == theirs[k] for k in ("step", "epoch", "samples", "tokens", "supervised", "image_tokens"))
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5)
