@@ -516,12 +516,12 @@ def test_a_row_that_hangs_only_as_a_whole_is_an_error(bench: kit.Bench, own_pict
             next(Pipeline(p.train, p.plan, p.limits, workers=1).steps())
 
 
-@pytest.mark.faults("F24", "the address space of a worker is limited to 64 MiB more; one picture has 49 megapixels")
+@pytest.mark.faults("F24", "the address space of a worker is limited to 640 MiB more; one picture has 256 megapixels")
 def test_a_picture_that_does_not_fit_is_dropped(bench: kit.Bench, own_pictures: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     path = tiny.make_chat(folder, 1, pictures=12)
     path.write_text(own_pictures.read_text())
-    Image.new("RGB", (7000, 7000), (200, 10, 10)).save(folder / "images/7.png")
+    Image.new("1", (16_000, 16_000)).save(folder / "images/7.png")  # 732 MiB in RGB
 
     def limited() -> None:
         begin = pipeline_module._start_worker
@@ -529,13 +529,14 @@ def test_a_picture_that_does_not_fit_is_dropped(bench: kit.Bench, own_pictures: 
         def begins(spec: Any) -> None:
             begin(spec)
             size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-            resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20), resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_AS, (size + (640 << 20), resource.RLIM_INFINITY))
 
         begins.__module__, begins.__qualname__ = pipeline_module.__name__, "_start_worker"
         pipeline_module._start_worker = begins  # type: ignore[assignment]
 
     run = tmp_path / "run"
-    found = kit.train(kit.run_in(run, bench.base, path, **OVER), limited)
+    over = kit.runs.merge(OVER, {"data": {"image": {"max_pixels": 256_000_000}}})
+    found = kit.train(kit.run_in(run, bench.base, path, **over), limited)
     assert found.code == 0, found.said
     ledger = pq.read_table(run / "ledger.parquet").to_pylist()
     assert [(r["row"], r["reason"]) for r in ledger if r["verdict"] == "drop"] == [(7, "LOAD_OOM")]

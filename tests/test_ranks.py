@@ -36,11 +36,12 @@ DATA = {"text": 1.0, "mixed": 0.6}
 
 
 def cell_run(folder: Path, base: Path, source: Path, engine: str, tune: str, **over: Any) -> Located:
+    over = {"data": {"max_tokens": 256}, "save": {"every_steps": 5}} | over
     return located(
         folder / f"{engine}-{tune}-{source.parent.name}" / "run", base, source,
         tune=TUNES[tune], parallel={"engine": ENGINES.get(engine, "local")},
-        batch={"samples": 6, "device_tokens": 256}, data={"max_tokens": 256},
-        train={"max_steps": STEPS, "clip_norm": 1.0}, save={"every_steps": 5}, **over,
+        batch={"samples": 6, "device_tokens": 256},
+        train={"max_steps": STEPS, "clip_norm": 1.0}, **over,
     )  # fmt: skip
 
 
@@ -147,3 +148,71 @@ def test_two_ranks_and_one_again(elastic: Path) -> None:
     for mine, theirs in zip(*steps, strict=True):
         assert all(mine[k] == theirs[k] for k in ("step", "epoch", "samples", "tokens", "supervised", "image_tokens"))
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5)
+
+
+def test_a_stream_is_the_same_on_two_ranks(grid: Path) -> None:
+    base, source = grid / "model", grid / "mixed" / "train.jsonl"
+    over: dict[str, Any] = {"data": {"stream": {"window": 16}, "max_tokens": 256, "workers": 1}}
+    run, alone = (cell_run(grid / name, base, source, "local", "lora", **over) for name in ("stream-2", "stream-1"))
+    on_ranks(2, grid / "third-pair", lambda rank: quiet_train(run))
+    quiet_train(alone)
+    assert len(losses(run.output)) == STEPS and np.allclose(losses(run.output), losses(alone.output), rtol=1e-5, atol=0)
+    assert {p.name for p in (run.output / "stream").iterdir()} == {p.name for p in (alone.output / "stream").iterdir()}
+
+
+def test_saving_behind_the_training(grid: Path) -> None:
+    """The same checkpoints, byte for byte, as when training waits for them; on both ranks of FSDP2, full and LoRA."""
+    base, source = grid / "model", grid / "mixed" / "train.jsonl"
+    runs = [
+        cell_run(grid / f"save-{behind}", base, source, "fsdp2", tune, save={"every_steps": 2, "background": behind})
+        for behind in (True, False) for tune in ("full", "lora")
+    ]  # fmt: skip
+
+    def work(rank: int) -> None:
+        for run in runs:
+            quiet_train(run)
+
+    on_ranks(2, grid / "fourth-pair", work)
+    for behind, waiting in zip(runs[:2], runs[2:], strict=True):
+        files = sorted((waiting.output / "checkpoints").rglob("*.safetensors"))
+        assert len(files) >= 8
+        for file in files:
+            other = behind.output / file.relative_to(waiting.output)
+            assert other.read_bytes() == file.read_bytes(), file
+        events = [r for r in read_metrics(behind.output / "metrics.jsonl") if r.get("name") == "save_begun"]
+        assert len(events) == STEPS // 2 and all(e["stalled_seconds"] >= 0 for e in events)
+
+
+PRESETS = ("bf16", "bf16-params", "bf16-params-compensated", "bf16-params-stochastic")
+
+
+@pytest.fixture(scope="module")
+def presets(grid: Path) -> Path:
+    """Every preset in bfloat16 on one rank here, and by FSDP2 on two."""
+    base, source = grid / "model", grid / "mixed" / "train.jsonl"
+    runs = [
+        cell_run(grid / f"{name}-{preset}", base, source, name, "full", precision={"preset": preset})
+        for name in ("alone", "fsdp2") for preset in PRESETS
+    ]  # fmt: skip
+
+    def work(rank: int) -> None:
+        for run in runs[len(PRESETS) :]:
+            quiet_train(run)
+
+    on_ranks(2, grid / "fifth-pair", work)
+    for run in runs[: len(PRESETS)]:
+        quiet_train(run)
+    return grid
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_on_fsdp2(presets: Path, preset: str) -> None:
+    """The same run to within the rounding of bfloat16, and float32 values that mean the same in the state."""
+    alone, other = (presets / f"{name}-{preset}" / f"{name}-full-mixed" / "run" for name in ("alone", "fsdp2"))
+    assert np.allclose(losses(other), losses(alone), rtol=0, atol=0.02)
+    saved = [Saved(run / "checkpoints" / "step-00000005" / "state") for run in (alone, other)]
+    assert saved[0].shapes == saved[1].shapes
+    for name, shape in saved[0].shapes.items():
+        mine, theirs = (s.read(f"param/{name}", 0, int(np.prod(shape))) for s in saved)
+        assert mine is not None and theirs is not None and theirs.dtype == mine.dtype == torch.float32
+        assert float((mine - theirs).norm()) <= 0.02 * float(mine.norm()) + 1e-3, name

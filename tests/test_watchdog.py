@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -149,6 +150,7 @@ def test_deaths_and_failures(tmp_path: Path) -> None:
     assert blamed(view(tmp_path, hurt, first)) == [1]  # its end is why the other failed
     failed = {"state": FAILED, "over_at": 3.0}
     assert blamed(view(tmp_path, failed, first)) == []  # torchrun ended the other
+    assert blamed(view(tmp_path, {**failed, "over_at": 6.0}, first)) == [1]  # it failed as the other had gone
     assert blamed(view(tmp_path, failed, {}), 9.0) == [] and blamed(view(tmp_path, failed, {}), 11.0) == [0]
     assert blamed(view(tmp_path, hurt, {}), 11.0) == [0]
     assert blamed(view(tmp_path, {"state": ENDED}, {"state": ENDED})) == []
@@ -178,3 +180,18 @@ def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
     ranks = SimpleNamespace(rank=0, size=2, broadcast_json=lambda value, what: value)
     with pytest.raises(FileExistsError), Watchdog(tmp_path / "ranks", ranks, 10.0):
         pass
+
+
+def test_old_attempts_go_and_those_at_work_stay(tmp_path: Path) -> None:
+    """Of four earlier ones the newest two stay, and one whose watchers still write."""
+    for number in range(4):
+        folder = tmp_path / "ranks" / f"attempt-2020010{number}-x"
+        folder.mkdir(parents=True)
+        slot = watcher.slot(folder, 0)
+        slot.write_text("{}")
+        if number != 1:
+            os.utime(slot, (0, 0))
+    ranks = SimpleNamespace(rank=0, size=2, broadcast_json=None)
+    made = Watchdog(tmp_path / "ranks", ranks, 10.0)._make_attempt()
+    left = sorted(p.name for p in (tmp_path / "ranks").iterdir())
+    assert left == ["attempt-20200101-x", "attempt-20200102-x", "attempt-20200103-x", made]

@@ -129,6 +129,8 @@ class MasterAdamW:
             last_of_step(self._sharded_root, last)
         if loss.requires_grad:  # a row without pictures has no gradient when only the vision path trains
             loss.backward()
+        if self._sharded_root is not None:  # shares of half-precision gradients are added up in that of their masters
+            self.gradients()
 
     def reduce(self) -> None:
         """Behind the last backward pass: until the gradients are those of all ranks' rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -75,6 +76,8 @@ class Rescue:
     restart: Callable[[Progress], None] | None
     in_step: InStep | None = None
     """Where an engine spreads the model over ranks."""
+    looking: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Around a look into a step, which may take long."""
 
 
 @dataclass
@@ -91,7 +94,8 @@ class Rescuer:
 
     def answer(self, data: Any, result: StepResult, scene: Scene | None) -> bool:
         """To a step that was not finite; whether the run went back. Raises `RunError` NONFINITE to stop."""
-        found, owner = self._common(_finding(result, scene))
+        with nullcontext() if self.rescue is None else self.rescue.looking():
+            found, owner = self._common(_finding(result, scene))
         return self._act(Incident("step", self.progress.step, found, "skip", "", self.progress, self.optimizer, data,
                                   result, scene, owner))  # fmt: skip
 

@@ -73,6 +73,8 @@ class Matrices:
     """Keys that a query sees at most; None: all of its own sample or picture."""
     block: bool = False
     """Of the repeated blocks: what `train.recompute` computes again."""
+    last: int = 0
+    """Values of a block's last matrix, whose product is not computed again: nothing in the block needs it."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ class Formula:
             flows = flows or layer.trained > 0
             own = 2.0 * min(layer.trained, layer.values) * getattr(of, layer.per)
             back = own + (matrix if into or (layer.block and flows) else 0.0) + (2.0 * pairs if flows else 0.0)
-            again = matrix + pairs if recompute and layer.block and flows else 0.0
+            skipped = 2.0 * layer.last * getattr(of, layer.per)
+            again = matrix - skipped + pairs if recompute and layer.block and flows else 0.0
             if flows:
                 rest = rest + matrix + pairs + back + again
             elif layer.per in ("patches", "media_tokens"):
@@ -167,7 +170,9 @@ def layers_of(model: Any, family: Family) -> list[Matrices]:
     config = model.config
     vision = _blocks(blocks["vision"], "patches", _vision_windows(config, len(blocks["vision"])))
     language = _blocks(blocks["language"], "tokens", _language_windows(config, len(blocks["language"])))
-    looked_up = [Matrices("tokens", 0, embedding)] if embedding else []  # no product, but gradients begin here
+    # a look-up is no product, but gradients begin there; transformers makes them begin there wherever it recomputes
+    begins = embedding or len(getattr(model, "_require_grads_hooks", None) or ())
+    looked_up = [Matrices("tokens", 0, begins)] if begins else []
     last = Matrices("supervised", head.numel(), head.numel() * head.requires_grad)
     return [*before, *vision, *between, *looked_up, *language, last]
 
@@ -179,7 +184,10 @@ def _blocks(blocks: Sequence[nn.Module], per: str, windows: Sequence[int | None]
         widths = [m.in_features for n, m in block.named_modules()
                   if isinstance(m, nn.Linear) and OUTPUT_OF_ATTENTION.search(n) and "linear_attn" not in n]  # fmt: skip
         values, trained = sum(p.numel() for p in matrices), sum(p.numel() for p in matrices if p.requires_grad)
-        found.append(Matrices(per, values, trained, widths[0] if widths else 0, window, block=True))
+        linear = [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]
+        # behind an adapter's base its own small products come, and they are needed
+        last = 0 if not linear or ".lora_" in linear[-1][0] else linear[-1][1].weight.numel()
+        found.append(Matrices(per, values, trained, widths[0] if widths else 0, window, block=True, last=last))
     return found
 
 

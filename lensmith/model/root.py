@@ -188,7 +188,8 @@ class Root(nn.Module):
         if chunks <= 1:
             return terms(hidden_SH, target_S, weight_S, source_S)
         total: Terms = {}
-        each = (x.tensor_split(range(rows, chunks * rows, rows)) for x in (hidden_SH, target_S, weight_S, source_S))
+        cuts = tuple(range(rows, chunks * rows, rows))
+        each = (x.tensor_split(cuts) for x in (hidden_SH, target_S, weight_S, source_S))
         for chunk in zip(*each, strict=True):
             part: Terms = checkpoint(terms, *chunk, use_reentrant=False)  # type: ignore[assignment]
             total = {k: (total[k][0] + s, total[k][1] + c) if k in total else (s, c) for k, (s, c) in part.items()}

@@ -37,8 +37,9 @@ class Tensor:
     """In the type that it is gathered in."""
     unit: str | None
     """What an engine gathers at once; None: every rank holds it, as it does a frozen tower."""
-    reached: bool = True
-    """Whether the backward pass comes through its unit."""
+    gathers: int = 2
+    """How often its unit is gathered for a micro-batch: once for each pass that reaches it; what is in no block stays
+    whole in between."""
 
     @property
     def count(self) -> int:
@@ -136,13 +137,13 @@ def _of_zero(layout: Layout, trained: Sequence[Tensor], micro_batches: int) -> l
 
 
 def _of_shares(layout: Layout, spread: Sequence[Tensor], micro_batches: int) -> list[Exchange]:
-    """Every unit is gathered before it computes, in the forward pass and again in the backward pass if that reaches it;
-    the gradients of every micro-batch go to the ranks that have the shares. Copies of shares are summed once a step."""
+    """Every unit is gathered before it computes; the gradients of every micro-batch go to the ranks that have the shares.
+    Copies of shares are summed once a step."""
     if not spread:
         return []
     s = layout.shard
     units = len({t.unit for t in spread})
-    gathered = sum((2 if t.reached else 1) * t.share(s) * t.travels for t in spread)
+    gathered = sum(t.gathers * t.share(s) * t.travels for t in spread)
     scattered = sum(s * t.share(s) * t.gradient for t in spread if t.trained)
     found = [
         Exchange("all_gather", micro_batches * gathered, s, 2 * micro_batches * units),

@@ -112,9 +112,13 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            text = str(error).strip().splitlines()[-1][:300]
-            raise RunError("RANKS", f"rank {self.rank} could not {what}: {text}",
-                           remedy="another rank is gone or silent: look at its messages") from error  # fmt: skip
+            raise self.gone(error, what) from error
+
+    def gone(self, error: RuntimeError, what: str = "reach the other ranks") -> RunError:
+        """A failed collective as what it means."""
+        text = str(error).strip().splitlines()[-1][:300]
+        return RunError("RANKS", f"rank {self.rank} could not {what}: {text}",
+                        remedy="another rank is gone or silent: look at its messages")  # fmt: skip
 
     def first_then_rest(self, what: str, work: Callable[[], Any]) -> Any:
         """`work` on the first rank of each machine, then on the others, which find in the cache what it made. A rank
@@ -152,6 +156,13 @@ class Ranks:
         import torch.distributed as dist
 
         return replace(self, group=dist.new_group(backend="gloo", timeout=PATIENCE), beat=nobody_listens)
+
+
+def is_of_a_collective(error: RuntimeError) -> bool:
+    """Whether the libraries that carry collectives raised it, inside an engine that does not say so."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
 
 
 class OtherRank(RunError):

@@ -35,6 +35,11 @@ def is_sharded(p: torch.Tensor) -> bool:
     return _mesh(p) is not None
 
 
+def is_here(p: torch.Tensor) -> bool:
+    """Whether this rank has all of it: FSDP2 leaves a share, ZeRO-3 an empty tensor."""
+    return not is_sharded(p) and getattr(p, "ds_shape", p.shape) == p.shape
+
+
 def local(p: torch.Tensor) -> torch.Tensor:
     """This rank's values, in the memory that they live in; without history."""
     own: Any = p.detach()

@@ -28,6 +28,8 @@ from lensmith.parallel.exits import CONSEQUENCES, STOPPED
 from lensmith.parallel.watcher import AFFECTED, DUMP, ENDED, FAILED, PAGE, RUNNING, STRAGGLERS, TOLD
 
 KEPT_ATTEMPTS = 2
+IDLE_SECONDS = 60.0
+"""Watchers write every 5 s at least."""
 
 
 _LEFT: list[subprocess.Popen[bytes]] = []
@@ -143,7 +145,8 @@ class Watchdog:
         made = Path(tempfile.mkdtemp(prefix=f"attempt-{stamp}-", dir=self.folder))
         made.chmod(0o755)
         for old in sorted(p for p in self.folder.glob("attempt-*") if p != made)[:-KEPT_ATTEMPTS]:
-            shutil.rmtree(old, ignore_errors=True)
+            if _is_idle(old):
+                shutil.rmtree(old, ignore_errors=True)
         return made.name
 
     def _listen(self) -> None:
@@ -169,6 +172,11 @@ class Watchdog:
                 [sys.executable, "-I", "-S", watcher.__file__, json.dumps(about)], stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL, pass_fds=[fd], start_new_session=True,
             )  # fmt: skip
+
+
+def _is_idle(attempt: Path) -> bool:
+    """Whether no watcher writes there: another run may be at work in this run folder, and this one be refused."""
+    return all(time.time() - file.stat().st_mtime > IDLE_SECONDS for file in attempt.glob("rank-*.json"))
 
 
 def _how(error: BaseException | None) -> tuple[bytes, bytes]:

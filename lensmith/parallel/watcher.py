@@ -199,12 +199,13 @@ def judge(view: View, timeout: float, failed_since: float) -> list[Cause]:
     behind, and may do long honest work. `failed_since`: seconds since the first rank said that it failed.
     """
     running = [s for s in view.known if s.state == RUNNING]
-    failed = [s for s in view.known if s.state == FAILED]
-    if failed:
+    bad = sorted((s for s in view.known if s.state in (FAILED, GONE)), key=_over_at)
+    gone = [s for s in bad if s.state == GONE]
+    if bad and bad[0].state == FAILED:  # a launcher ends the others, and a rank that said why needs no report
         late = running and failed_since > GRACE_SECONDS
-        return [Cause(s.rank, "failed, and said why") for s in sorted(failed, key=_over_at)] if late else []
-    if gone := [s for s in view.known if s.state == GONE]:
-        return [Cause(s.rank, ended_how(view.folder, s.rank)) for s in sorted(gone, key=_over_at)]
+        return [Cause(s.rank, "failed, and said why") for s in bad if s.state == FAILED] if late else []
+    if gone:
+        return [Cause(s.rank, ended_how(view.folder, s.rank)) for s in gone]
     if lost := [rank for rank, h in view.heard.items() if _is_lost(h, timeout)]:
         return [Cause(rank, f"has not been heard of for {timeout:.0f} s: its machine or its watchdog is gone")
                 for rank in lost]  # fmt: skip
@@ -275,10 +276,12 @@ class Watcher:
         self._failed_since = 0.0
 
     def run(self) -> None:
-        last, wake = time.monotonic(), [sys.stdin]
+        last, wake = time.monotonic(), [0]
         while True:
             if select.select(wake, [], [], self.every)[0]:  # the rank says that it ends, or is gone
                 wake = []
+                if not os.read(0, 1):  # a process that ends closes its files a moment before it is gone
+                    time.sleep(0.05)
             now = time.monotonic()
             passed, last = min(now - last, 2 * self.every), now
             if self._turn(passed):

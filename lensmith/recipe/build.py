@@ -26,7 +26,7 @@ from lensmith.parallel.options import Local
 from lensmith.parallel.ranks import Ranks
 from lensmith.recipe.prepare import Prepared, cache_folder
 from lensmith.recipe.run import Run
-from lensmith.recipe.spread import Spread, exact_values, keep_of, over_ranks
+from lensmith.recipe.spread import Spread, adding_up, exact_values, keep_of, over_ranks
 
 KEPT_BELOW = 1 << 22
 """On a CPU, blocks of fewer bytes stay with the process when they are freed."""
@@ -176,7 +176,8 @@ def assemble(
     root = Root(model, prepared.family, NextTokenLoss(), autocast=autocast)
     trains, counts = tune.what_trains(model, part_of, run.optimizer.rate), tune.count(model)
     if check is not None:
-        check(root, plan)
+        with adding_up(tuned.trainable(), keep_of(prepared, tuned.trainable(), plan)):
+            check(root, plan)
     built = Built(root, tuned, optimizer, plan, trains, *counts, part_of)  # type: ignore[arg-type]
     if optimizer is None:
         built.spread = over_ranks(prepared, root, tuned, plan, ranks, part_of, exact)

@@ -23,6 +23,7 @@ from lensmith.engine.options import Guard
 from lensmith.engine.rescue import ADVICE, Incident
 from lensmith.model.root import Root
 from lensmith.model.vision_cache import feature_key
+from lensmith.parallel.shares import is_here, local
 from lensmith.report.metrics import json_line
 
 SCHEMA = 1
@@ -192,11 +193,12 @@ def _features(root: Root, row: PackedRow) -> Tensors:
 
 
 def _tensors(folder: Path, incident: Incident, about: About, room: _Room) -> dict[str, Any]:
-    """What is not finite and the parameters of the module at fault; then all that trains, or none of it."""
+    """What is not finite and the parameters of the module at fault; then all that trains, or none of it. A parameter
+    of which this rank has only a share is left to the last checkpoint."""
     finding, model, kept = incident.finding, about.root.model, Tensors()
-    named = dict(model.named_parameters())
+    named = {n: p for n, p in model.named_parameters() if is_here(p)}
     if incident.kind == "state":
-        state = incident.optimizer.tensors()
+        state = dict(incident.optimizer.items())
         kept = {f"state/{k}": state[k] for k in finding.bad_parameters if room.take({k: state[k]})}
     else:
         first = {n: named[n] for n in finding.bad_parameters if n in named}
@@ -206,7 +208,8 @@ def _tensors(folder: Path, incident: Incident, about: About, room: _Room) -> dic
         kept = {f"model/{n}": p.detach() for n, p in first.items() if room.take({n: p})}
     shown = sorted(kept)[:LONGEST_NAMES]
     trained = {f"model/{n}": p.detach() for n, p in named.items() if p.requires_grad and f"model/{n}" not in kept}
-    whole = incident.kind == "step" and room.take(trained)
+    everything = len(named) == sum(1 for _ in model.named_parameters())
+    whole = incident.kind == "step" and everything and room.take(trained)
     kept |= trained if whole else {}
     save_file({k: v.cpu().contiguous() for k, v in kept.items()}, folder / "tensors.safetensors")
     return {"trained": whole, "named": shown}
@@ -214,9 +217,9 @@ def _tensors(folder: Path, incident: Incident, about: About, room: _Room) -> dic
 
 def _everything(incident: Incident, about: About) -> Iterable[tuple[str, torch.Tensor]]:
     model = about.root.model
-    yield from ((f"model/{n}", p) for n, p in model.named_parameters())
+    yield from ((f"model/{n}", local(p)) for n, p in model.named_parameters())
     yield from ((f"buffer/{n}", b) for n, b in model.named_buffers())
-    yield from ((f"state/{k}", v) for k, v in incident.optimizer.tensors().items())
+    yield from ((f"state/{k}", v) for k, v in incident.optimizer.items())
 
 
 def tensor_hashes(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:

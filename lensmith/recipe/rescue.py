@@ -59,6 +59,7 @@ class StageRescue:
             stage.built.root.model, lambda sample: stage.pipeline.reread((sample,)), self.record, self.keep,
             self.roll_back, None if stage.stream is not None else lambda progress: feed.restart(),
             None if stage.evened is None else InStep(stage.ranks, stage.evened.one),
+            lambda: stage.session.dog.phase("examine a step"),
         )  # fmt: skip
 
     def record(self, incident: Incident) -> None:
@@ -66,7 +67,7 @@ class StageRescue:
         stage, f = self.stage, incident.finding
         shown = self._written(incident)
         folder = stage.output / shown
-        stage.session.on_main("write the incidents page", lambda: write_incidents_page(stage.output))
+        stage.session.on_main("write the incidents page", lambda: str(write_incidents_page(stage.output)))
         origins = [self._origin(incident, n) for n in f.samples]
         step = stage.start.first_step + incident.step
         stage.session.sinks.write({

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,17 @@ def keep_of(prepared: Prepared, named: Named, plan: precision.PrecisionPlan) -> 
         own = plan.of(precision.part_in(prepared.family.part_of, name))
         keep[name] = Keep(own.update, own.trained, own.gradients, own.optimizer)
     return keep
+
+
+@contextmanager
+def adding_up(named: Named, keep: dict[str, Keep]) -> Generator[None]:
+    """Gradients are added up in the type that was promised, also before an engine does it in its own way."""
+    before = [p.grad_dtype for _, p in named]
+    for name, p in named:
+        p.grad_dtype = keep[name].gradients
+    yield
+    for (_, p), dtype in zip(named, before, strict=True):
+        p.grad_dtype = dtype
 
 
 def exact_values(named: Named, keep: dict[str, Keep]) -> dict[str, torch.Tensor]:

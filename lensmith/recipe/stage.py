@@ -93,7 +93,9 @@ class StageRun:
         self.name = prepared.located.stage_name
         self.dropped: dict[Any, tuple[str, str]] = {}
         """Origin (of a stream: window and number in it) -> reason and detail of samples dropped at load."""
-        self.stream = None if prepared.stream is None else OpenStream(prepared.stream, self.output, number)
+        self.stream = (
+            None if prepared.stream is None else OpenStream(prepared.stream, self.output, number, self.ranks.rank)
+        )
         self.trouble: UserError | None = None
         """What ended the stream."""
         self.fill: list[float] = []

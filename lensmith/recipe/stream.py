@@ -92,10 +92,13 @@ class FirstRows:
 
 
 class OpenStream:
-    """A stage's stream in the run folder: its windows, of which the tables stay as the ledger."""
+    """A stage's stream in the run folder: its windows, of which the tables stay as the ledger. Every rank reads all of it
+    and makes the same windows; those of the first rank are the ledger, those of the others go when they are used."""
 
-    def __init__(self, spec: StreamSpec, output: Path, stage: int):
-        self.folder = stream_folder(output, stage)
+    def __init__(self, spec: StreamSpec, output: Path, stage: int, rank: int = 0):
+        folder = stream_folder(output, stage)
+        self.folder = folder.with_name(f"{folder.name}.rank-{rank}") if rank else folder
+        self._rank = rank
         self.spec = replace(spec, folder=self.folder)
         self._window = -1
         self._counts: dict[int, dict[str, Any]] = {}
@@ -116,6 +119,8 @@ class OpenStream:
     def is_over(self) -> None:
         """The pipeline is closed: it left the windows that were used."""
         self._window = -1
+        if self._rank:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def windows(self) -> list[Path]:
         """The windows up to the one in use; of a stage that is over, all."""

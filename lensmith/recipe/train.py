@@ -61,7 +61,7 @@ def train(
     `Interrupted` after a signal.
     """
     clock = Clock()
-    from lensmith.parallel.ranks import Ranks, from_env, join, leave
+    from lensmith.parallel.ranks import Ranks, from_env, is_of_a_collective, join, leave
     from lensmith.parallel.watchdog import Watchdog
     from lensmith.recipe.build import device_of
     from lensmith.recipe.run import Located, load_run
@@ -77,6 +77,10 @@ def train(
             watched = replace(ranks, beat=dog.collective)
             with Session(located, terminal, clock, dry_run=dry_run, ranks=watched, dog=dog) as session:
                 return Outcome(session.output, session.run())
+    except RuntimeError as error:
+        if ranks.several and is_of_a_collective(error):
+            raise ranks.gone(error) from error
+        raise
     finally:
         if joined:
             leave()

@@ -207,7 +207,7 @@ class Workload:
         built, family, model = self.found.built, self.prepared.family, self.found.built.tuned.model
         whole = {"trained": (), "projector": ("vision",), "frozen": ("vision", "projector")}[built.root.vision_mode]
         units = {
-            id(p): (f"{part} {n}", self.formula.reached(part, n))
+            id(p): (f"{part} {n}", 1 + self.formula.reached(part, n))
             for part in ("vision", "language")
             for n, block in enumerate(family.blocks(model, part))
             for p in block.parameters()
@@ -215,13 +215,13 @@ class Workload:
         found: list[Tensor] = []
         for name, p in model.named_parameters():
             part = family.part_of(name)
-            unit, reached = units.get(id(p), ("rest", True))
+            unit, gathers = units.get(id(p), ("rest", 1))
             plan, gradient = built.precision.of(part_in(family.part_of, name)), 4
             if p.requires_grad:
                 gradient = built.optimizer.keep[name].gradients.itemsize
             travels = min(p.element_size(), plan.compute.itemsize)
             found.append(Tensor(tuple(p.shape), p.requires_grad, p.element_size(), gradient, travels,
-                                None if part in whole else unit, reached))  # fmt: skip
+                                None if part in whole else unit, gathers))  # fmt: skip
         return found
 
     @cached_property
