@@ -1,5 +1,5 @@
-"""Plan and placement of a synthetic index of 10^8 rows over many ranks: how even the work of a step is, and what it costs
-to know it.
+"""Plan and placement of a synthetic index of 10^8 rows over many ranks: how even the work of a step is, and what it
+costs to know it.
 
     python benchmarks/rank_balance.py [--rows 1e8] [--ranks 8,64,256,1024] [--steps 20]
 

@@ -2,12 +2,12 @@
 
     python benchmarks/scaling_check.py [SETTING ...] [--folder DIR]
 
-The model of `memory_check.py` (101 million parameters), 12 conversations a step, five steps of which the first is
-not counted. Rank variables are set as a launcher sets them, and each rank calls `lensmith train`'s own function with one
-thread. Seconds are processor time of the first rank, which has the dearest row of each step: with others on the machine
-the wall clock measures these (it is printed beside). Memory is the peak above what the imports leave, of the rank with
-most. Bytes are counted where torch hands them to gloo, and must be equal. The network's rate is measured first, with two
-processes that sum 64 MiB.
+The model of `memory_check.py` (101 million parameters), 12 conversations a step, five steps of which the first is not
+counted. Rank variables are set as a launcher sets them, and each rank calls `lensmith train`'s own function with one
+thread. Seconds are processor time of the first rank, which has the dearest row of each step: the wall clock, which is
+printed beside, measures what else runs on the machine. Memory is the peak above what the imports leave, of the rank
+with most. Bytes are counted where torch hands them to gloo, in a run of their own, and must be equal. The network's
+rate is measured first, with two processes that sum 64 MiB.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import memory_check
 import runs

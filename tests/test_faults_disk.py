@@ -319,6 +319,7 @@ def test_a_stale_lock_is_taken_over_and_says_what_it_was(tmp_path: Path, monkeyp
     restarted = said.pop(f"1 {here} 0-another-boot")
     assert "ended with a restart of the machine" in restarted
     assert all("was killed or crashed; in step 7 it held 2.0 of" in text for text in said.values())
+    assert "process 1 on another-host)" in said["1 another-host 0"] and "(process 1)" in said["1"]
     fresh = Lock(path)
     fresh.acquire()
     assert fresh.left_by == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from ranks_kit import gradients, losses, on_ranks, recorded, train_all
 from runs import located, quiet_train
 from tiny import make_chat, make_model
 
+from lensmith.core.errors import DataError, Drop, UserError
+from lensmith.data.load import Loader
+from lensmith.data.pipeline import Pipeline
 from lensmith.engine.state import Saved, read_state
 from lensmith.recipe import stage
 from lensmith.recipe.run import Located
@@ -138,6 +142,7 @@ def test_another_engine_goes_on(elastic: Path, before: str, after: str) -> None:
     assert len(found) == STEPS and np.allclose(found, alone, rtol=1e-5, atol=0)
 
 
+@pytest.mark.faults("F68", "1 -> 2 -> 1 ranks")
 def test_two_ranks_and_one_again(elastic: Path) -> None:
     """1 -> 2 -> 1 ranks: the same samples in the same steps, the same losses."""
     run = cell_run(elastic / "back", elastic / "model", elastic / "mixed" / "train.jsonl", "alone", "full")
@@ -148,6 +153,60 @@ def test_two_ranks_and_one_again(elastic: Path) -> None:
     for mine, theirs in zip(*steps, strict=True):
         assert all(mine[k] == theirs[k] for k in ("step", "epoch", "samples", "tokens", "supervised", "image_tokens"))
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5)
+
+
+@pytest.mark.faults("F65", "a picture of many samples is gone, on one rank or the other")
+def test_pictures_that_are_gone(grid: Path) -> None:
+    """After they were indexed: the same samples are dropped as on one rank, and nobody waits for anybody."""
+    base, source = grid / "model", make_chat(grid / "gone", 40, seed=3, text_only=0.3)
+    over: dict[str, Any] = {"data": {"max_tokens": 256, "max_dropped": 1.0}}
+    names = ("alone", "local", "fsdp2", "zero2")
+    runs = [cell_run(grid / f"gone-{name}", base, source, name, "full", **over) for name in names]
+    shown = next(row["images"][0] for row in map(json.loads, source.read_text().splitlines()) if row.get("images"))
+    gone, read = (source.parent / shown).read_bytes(), Loader.bytes_of
+
+    def bytes_of(self: Any, *args: Any) -> bytes:
+        if (data := read(self, *args)) == gone:
+            raise Drop("IMG_MISSING", "gone")
+        return data
+
+    def work(rank: int) -> None:
+        Loader.bytes_of = bytes_of
+        for run in runs[1:]:
+            quiet_train(run)
+
+    on_ranks(2, grid / "sixth-pair", work)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "bytes_of", bytes_of)
+        quiet_train(runs[0])
+    records = [read_metrics(run.output / "metrics.jsonl") for run in runs]
+    dropped = [sorted(r["origin"] for r in each if r.get("name") == "dropped") for each in records]
+    assert dropped[0] and all(each == dropped[0] for each in dropped)
+    for run in runs[1:]:
+        assert np.allclose(losses(run.output), losses(runs[0].output), rtol=1e-5, atol=0)
+
+
+@pytest.mark.faults("F19", "one rank raises while it reads")
+def test_a_rank_that_cannot_read(grid: Path) -> None:
+    """Both stop with the same step, the other with its words."""
+    run = cell_run(grid / "unread", grid / "model", grid / "mixed" / "train.jsonl", "fsdp2", "lora")
+
+    def work(rank: int) -> None:
+        read, calls = Pipeline._read, [0]
+
+        def refuses(self: Any, *args: Any) -> Any:
+            calls[0] += 1
+            if rank == 1 and calls[0] == 6:
+                raise DataError("SHARD", "this shard is gone")
+            return read(self, *args)
+
+        Pipeline._read = refuses
+        with pytest.raises(UserError) as caught:
+            quiet_train(run)
+        assert (caught.value.code, rank) in (("SHARD", 1), ("OTHER_RANK", 0))
+        assert "this shard is gone" in caught.value.message
+
+    on_ranks(2, grid / "seventh-pair", work)
 
 
 def test_a_stream_is_the_same_on_two_ranks(grid: Path) -> None:
@@ -213,6 +272,8 @@ def test_presets_on_fsdp2(presets: Path, preset: str) -> None:
     saved = [Saved(run / "checkpoints" / "step-00000005" / "state") for run in (alone, other)]
     assert saved[0].shapes == saved[1].shapes
     for name, shape in saved[0].shapes.items():
+        if name.endswith("k_proj.bias"):  # softmax does not see it: its gradient is nothing but rounding
+            continue
         mine, theirs = (s.read(f"param/{name}", 0, int(np.prod(shape))) for s in saved)
         assert mine is not None and theirs is not None and theirs.dtype == mine.dtype == torch.float32
         assert float((mine - theirs).norm()) <= 0.02 * float(mine.norm()) + 1e-3, name

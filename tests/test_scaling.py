@@ -1,4 +1,4 @@
-"""The scaling plan: formulas against numbers derived by hand, against counted operations, and against real collectives."""
+"""The scaling plan: formulas against numbers derived by hand, counted operations and real collectives."""
 
 from __future__ import annotations
 

@@ -72,12 +72,10 @@ def plan_files(model: Any, types: SavedTypes, shard_gb: float) -> Files:
 
 
 def taken_model(
-    model: Any, base: Path, types: SavedTypes, full: Full, ranks: Ranks, *, shard_gb: float,
-    pixels: dict[str, int] | None,
-) -> Callable[[Path], None]:  # fmt: skip
+    plan: Files, model: Any, base: Path, types: SavedTypes, full: Full, ranks: Ranks, pixels: dict[str, int] | None
+) -> Callable[[Path], None]:
     """The weights as they are now, in the types they are saved in, on the host; what is returned writes them into a
     folder later, as `write_model` would. Every rank holds the tensors of its own files."""
-    plan = _agreed_plan(model, types, shard_gb, ranks)
     kept = dict(_own_files(plan, model, types, full, ranks, copy=True))
 
     def write(folder: Path) -> None:
@@ -87,17 +85,17 @@ def taken_model(
 
 
 def write_model_together(
-    folder: Path, model: Any, base: Path, types: SavedTypes, full: Full, ranks: Ranks, *, shard_gb: float,
+    folder: Path, plan: Files, model: Any, base: Path, types: SavedTypes, full: Full, ranks: Ranks,
     pixels: dict[str, int] | None,
 ) -> None:  # fmt: skip
     """As `write_model`, by all ranks into one folder each. A file's tensors are gathered one at a time, and only the
     rank that writes the file keeps them until it is written."""
-    plan = _agreed_plan(model, types, shard_gb, ranks)
     files = _own_files(plan, model, types, full, ranks, copy=False)
     _write(folder, plan, files, base, types, ranks, pixels)
 
 
-def _agreed_plan(model: Any, types: SavedTypes, shard_gb: float, ranks: Ranks) -> Files:
+def agreed_files(model: Any, types: SavedTypes, shard_gb: float, ranks: Ranks) -> Files:
+    """`plan_files` by the first rank, on all."""
     plan, error = attempt(lambda: plan_files(model, types, shard_gb)) if ranks.is_main else (None, None)
     ranks.all_well(error, "plan the files of a checkpoint")
     return Files(**ranks.broadcast_json(plan and asdict(plan), "plan the files of a checkpoint"))

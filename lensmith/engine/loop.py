@@ -112,6 +112,8 @@ class Loop:
             if not self.ranks.several:  # what came in while the step was logged counts for this one
                 self._signal, self._late = self._votes()
             went_back = went_back or not self._behind(done)
+            if not self.ranks.several and self._saved_at == self.progress.step:  # one that came in while it was saved
+                self._signal = float(self._signals.caught or 0)
             self._leave_if_told()
             if not went_back and self._evaluation_due(done) and self.is_over:
                 self.callbacks.event("early_stop", {"step": self.first_step + done})

@@ -33,19 +33,17 @@ def write_state(folder: Path, optimizer: MasterAdamW, progress: Progress) -> Non
 
 def taken_state(optimizer: MasterAdamW, progress: Progress, *, copy: bool) -> Callable[[Path], None]:
     """The state as it is now; what is returned writes it into a folder. With `copy` that may be later, while training
-    goes on. Raises `RunError` NONFINITE."""
+    goes on. Writing raises `RunError` NONFINITE."""
     ranks = optimizer.ranks
     tensors = dict(_on_host(piece, copy) for piece in optimizer.pieces())
-    bad = [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]
-    if bad:
-        raise RunError(
-            "NONFINITE", f"{bad[0]} is not finite; this state is not saved", remedy="resume from the last checkpoint"
-        )
     random_tensors, random = random_state()
     shapes = {name: list(shape) for name, shape in optimizer.shapes().items()}
     about = json.dumps({"progress": progress.to_json(), "shapes": shapes, "ranks": ranks.size}, allow_nan=False)
 
     def write(folder: Path) -> None:
+        if bad := [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]:
+            raise RunError("NONFINITE", f"{bad[0]} is not finite; this state is not saved",
+                           remedy="resume from the last checkpoint")  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / _numbered("training", ranks))
         save_file(random_tensors, folder / _numbered("random", ranks), metadata={"random": random})

@@ -210,7 +210,7 @@ def _vision_windows(config: Any, count: int) -> list[int | None]:
 def _tile(config: Any, family: Any) -> int | None:
     """Patches of a tile, in families whose pictures are cut into squares of one size."""
     vision = getattr(config, "vision_config", None)
-    if family.pixels.max_pixels is not None or not getattr(vision, "image_size", None):
+    if family.pixels.max_pixels is not None or vision is None or not getattr(vision, "image_size", None):
         return None
     side, patch = (v[0] if isinstance(v, list | tuple) else v for v in (vision.image_size, vision.patch_size))
     return (side // patch) ** 2

@@ -137,8 +137,8 @@ def _of_zero(layout: Layout, trained: Sequence[Tensor], micro_batches: int) -> l
 
 
 def _of_shares(layout: Layout, spread: Sequence[Tensor], micro_batches: int) -> list[Exchange]:
-    """Every unit is gathered before it computes; the gradients of every micro-batch go to the ranks that have the shares.
-    Copies of shares are summed once a step."""
+    """Every unit is gathered before it computes; the gradients of every micro-batch go to the ranks that have the
+    shares. Copies of shares are summed once a step."""
     if not spread:
         return []
     s = layout.shard

@@ -51,7 +51,7 @@ class Lock:
             try:
                 fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                owner = " on ".join(_owner(fd).split()[:2]) or "unknown"
+                owner = _process(_owner(fd))
                 os.close(fd)
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise RunError("LOCKED", f"this file system has no locks ({error.strerror})", where=str(self.path),
@@ -95,6 +95,11 @@ def _owner(fd: int) -> str:
     return os.pread(fd, 256, 0).decode(errors="replace").strip()
 
 
+def _process(owner: str) -> str:
+    process, host = [*owner.split(), "", ""][:2]
+    return (process or "unknown") + (f" on {host}" if host not in ("", platform.node()) else "")
+
+
 def boot_id() -> str:
     """Another one after every start of the machine; "" where the system does not tell."""
     try:
@@ -105,11 +110,11 @@ def boot_id() -> str:
 
 def ended_badly(left_by: str, metrics: Path) -> str:
     """What is known of a session that ended without a word: its owner as the lock file has it, and its last step."""
-    process, host, boot = [*left_by.split(), "", "", ""][:3]
+    _, host, boot = [*left_by.split(), "", "", ""][:3]
     last = next((r for r in reversed(read_metrics(metrics)) if "rss_bytes" in r), None)
     gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     held = "" if last is None else f"; in step {last['step']} it held {last['rss_bytes'] / 2**30:.1f} of {gib:.1f} GiB"
-    here = f"the session before (process {process}{f' on {host}' if host else ''})"
+    here = f"the session before (process {_process(left_by)})"
     if host == platform.node() and boot and boot != boot_id():
         return f"{here} ended with a restart of the machine{held}"
     return f"{here} was killed or crashed{held}. Out of memory? Look into dmesg, or ask the scheduler"

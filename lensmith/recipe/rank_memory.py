@@ -26,9 +26,17 @@ class RankMemory:
         return sum(self.kinds.values())
 
 
+LOADING = "Loading"
+
+
+def loading_of(found: Prediction) -> int:
+    """Bytes while the model is loaded, which every rank does as a whole before an engine spreads it."""
+    return max((sum(phase.kinds.values()) for phase in found.phases if phase.name == LOADING), default=0)
+
+
 def peak_of(found: Prediction, layout: Layout, tensors: Sequence[Tensor], *, host: bool) -> RankMemory:
-    """`host`: the device is a CPU, so that its allocator and the vision cache count."""
-    phases = [_of_phase(phase, layout, tensors, host=host) for phase in found.phases]
+    """Of what comes behind loading. `host`: the device is a CPU, so that its allocator and the vision cache count."""
+    phases = [_of_phase(phase, layout, tensors, host=host) for phase in found.phases if phase.name != LOADING]
     if layout.ranks > 1 and layout.engine == "local":
         phases.append(_reducing(found, tensors, host=host))
     return max(phases, key=lambda phase: phase.total)
@@ -38,7 +46,7 @@ def _of_phase(phase: Phase, layout: Layout, tensors: Sequence[Tensor], *, host: 
     kinds: Counter[str] = Counter({str(kind): size for kind, size in phase.kinds.items()})
     if host:
         kinds |= {"vision cache": phase.features, "allocator": phase.allocator}
-    if layout.ranks > 1 and phase.name != "Loading":  # every rank reads the whole model
+    if layout.ranks > 1:
         _spread(kinds, phase.name, layout, tensors)
     return RankMemory(phase.name, {kind: size for kind, size in kinds.items() if size > 0})
 

@@ -6,11 +6,12 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lensmith.checkpoint.export import SavedTypes, adapter_state, write_adapter, write_model
-from lensmith.checkpoint.together import taken_model, write_model_together
+from lensmith.checkpoint.together import Files, agreed_files, taken_model, write_model_together
 from lensmith.engine.progress import Progress
 from lensmith.engine.state import taken_state, write_state
 from lensmith.model.options import Lora
@@ -114,17 +115,18 @@ class Saving:
         if isinstance(stage.run_file.tune, Lora):
             self._adapter(copy=False)(folder)
         elif stage.ranks.several:
-            write_model_together(folder / "model", *self._model, **self._how)
+            write_model_together(folder / "model", self._files, *self._model)
         else:
-            model, base, types, _, _ = self._model
-            write_model(folder / "model", model, base, types, **self._how)
+            model, base, types, _, _, pixels = self._model
+            shard_gb = self.stage.run_file.save.shard_gb
+            write_model(folder / "model", model, base, types, shard_gb=shard_gb, pixels=pixels)
         self._added_tokens(folder)
 
     def _taken(self, p: Progress) -> Callable[[Path], None]:
         """Everything that a checkpoint holds, as it is now."""
         state = taken_state(self.stage.built.optimizer, p, copy=True)
         lora = isinstance(self.stage.run_file.tune, Lora)
-        model = self._adapter(copy=True) if lora else taken_model(*self._model, **self._how)
+        model = self._adapter(copy=True) if lora else taken_model(self._files, *self._model)
 
         def write(folder: Path) -> None:
             state(folder / "state")
@@ -134,14 +136,18 @@ class Saving:
         return write
 
     @property
-    def _model(self) -> tuple[Any, Path, SavedTypes, Any, Any]:
-        stage = self.stage
-        types = SavedTypes.planned(stage.built.precision, stage.prepared.family.part_of)
-        return stage.built.tuned.model, stage.prepared.model_folder, types, stage.built.full, stage.ranks
+    def _model(self) -> tuple[Any, Path, SavedTypes, Any, Any, Any]:
+        """(model, base, types, what gathers, ranks, limits of pixels)."""
+        stage, family = self.stage, self.stage.prepared.family
+        types = SavedTypes.planned(stage.built.precision, family.part_of)
+        built, base = stage.built, stage.prepared.model_folder
+        return built.tuned.model, base, types, built.full, stage.ranks, family.pixels.limits
 
-    @property
-    def _how(self) -> dict[str, Any]:
-        return {"shard_gb": self.stage.run_file.save.shard_gb, "pixels": self.stage.prepared.family.pixels.limits}
+    @cached_property
+    def _files(self) -> Files:
+        """They are the same for every save."""
+        model, _, types, _, ranks, _ = self._model
+        return agreed_files(model, types, self.stage.run_file.save.shard_gb, ranks)
 
     def _adapter(self, *, copy: bool) -> Callable[[Path], None]:
         """The adapter, gathered on every rank and written by the first one."""

@@ -16,7 +16,7 @@ from lensmith.parallel.cost import Exchange, Layout, exchanges, handed, layouts
 from lensmith.parallel.devices import CPU, Device, device
 from lensmith.recipe.prepare import Prepared, prepare, require_steps
 from lensmith.recipe.run import Located, load_run
-from lensmith.report.tables import MISSING, Table, duration, percent, size
+from lensmith.report.tables import MISSING, Table, percent, size
 from lensmith.report.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -51,8 +51,10 @@ class Row:
     ranks: int
     engine: str
     memory: dict[str, int]
+    """Bytes by kind at the moment of the step or the save, `phase`, that needs most."""
     memory_bytes: int
     phase: str
+    loading_bytes: int
     room_bytes: int
     sent: dict[str, int]
     wire_bytes: int
@@ -71,6 +73,10 @@ class Row:
     days: float
     dollars: float | None
     limit: Limit
+
+    @property
+    def fits(self) -> bool:
+        return max(self.memory_bytes, self.loading_bytes) <= self.room_bytes
 
 
 def numbers_of(text: str) -> tuple[int, ...]:
@@ -185,7 +191,7 @@ class Planner:
         return (None if same else predict(work.prepared, work.index, plan, ranks)) or work.found
 
     def _row(self, layout: Layout, found: Prediction, placed: Sequence[Placed], steps: int, useful: float) -> Row:
-        from lensmith.recipe.rank_memory import peak_of
+        from lensmith.recipe.rank_memory import loading_of, peak_of
 
         work, price = self.work, self.ask.price
         memory = peak_of(found, layout, work.tensors, host=self.host)
@@ -200,10 +206,12 @@ class Planner:
         step = max(rest, reading) if self.workers else rest + reading
         days = steps * step / 86_400
         parts: dict[Limit, float] = {"compute": compute + update, "network": network, "data": step - rest}
-        limit: Limit = "memory" if memory.total > room else max(parts, key=lambda name: parts[name])
+        fits = max(memory.total, loading_of(found)) <= room
+        limit: Limit = max(parts, key=lambda name: parts[name]) if fits else "memory"
         return Row(
             ranks=layout.ranks, engine=layout.engine, memory=memory.kinds, memory_bytes=memory.total,
-            phase=memory.phase, room_bytes=room, sent=handed(sent), wire_bytes=round(sum(e.wire for e in sent)),
+            phase=memory.phase, loading_bytes=loading_of(found), room_bytes=room, sent=handed(sent),
+            wire_bytes=round(sum(e.wire for e in sent)),
             micro_batches=micro, of_steps=tuple(step.micro_batches for step in placed),
             balance=_mean([step.balance for step in placed]), compute_seconds=compute, update_seconds=update,
             network_seconds=network, data_seconds=reading, step_seconds=step,
@@ -257,7 +265,7 @@ def _this_machine(rates: Rates, work: Workload) -> Device:
 
 def recommended(rows: Sequence[Row]) -> Row | None:
     """The fastest of those that fit and cost nearly as little as the cheapest."""
-    fit = [row for row in rows if row.memory_bytes <= row.room_bytes]
+    fit = [row for row in rows if row.fits]
     if not fit:
         return None
     least = min(row.days * row.ranks for row in fit)
@@ -281,24 +289,25 @@ def memory_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         shown = [sum(row.memory.get(kind, 0) for kind in kinds) for kinds in SHOWN.values()]
         shown.append(row.memory_bytes - sum(shown))
-        cells.append((str(row.ranks), row.engine, *(size(b) if b else MISSING for b in shown), size(row.memory_bytes)))
-    names = (*SHOWN, "Other", "Peak")
+        shown += [row.memory_bytes, row.loading_bytes]
+        cells.append((str(row.ranks), row.engine, *(size(b) if b else MISSING for b in shown)))
+    names = (*SHOWN, "Other", "Peak", "Loading")
     title = f"Memory of a rank, which has {size(min(row.room_bytes for row in rows))}"
     return Table(title, ("Ranks", "Engine", *names), cells, frozenset({"Ranks", *names}))
 
 
 def step_table(rows: Sequence[Row], best: Row | None) -> Table:
-    """Seconds of a step, and of the whole run. The recommended row has an arrow."""
+    """Seconds of a step, and the whole run. The recommended row has an arrow."""
     cells = [
         (
-            "->" if row is best else "", str(row.ranks), row.engine, size(row.wire_bytes),
+            f"-> {row.ranks}" if row is best else str(row.ranks), row.engine, size(row.wire_bytes),
             *(f"{s:,.3g}" for s in (row.compute_seconds + row.update_seconds, row.network_seconds, row.data_seconds,
                                     row.step_seconds)),
-            f"{row.balance:.2f}", percent(row.mfu), f"{row.samples_per_second:,.1f}", duration(row.days * 86_400),
+            f"{row.balance:.2f}", percent(row.mfu), f"{row.samples_per_second:,.1f}", f"{row.days:,.3g}",
             MISSING if row.dollars is None else f"{row.dollars:,.0f}", row.limit,
         )
         for row in rows
     ]  # fmt: skip
-    numbers = ("Sent", "Compute", "Network", "Data", "Step s", "Balance", "MFU", "Samples/s", "Run", "Dollars")
+    numbers = ("Ranks", "Sent", "Compute", "Network", "Data", "Step s", "Balance", "MFU", "Per s", "Days", "Dollars")
     title = f"Time, {rows[0].steps:,} steps" if len({row.steps for row in rows}) == 1 else "Time"
-    return Table(title, ("", "Ranks", "Engine", *numbers, "Limit"), cells, frozenset({"Ranks", *numbers}))
+    return Table(title, ("Ranks", "Engine", *numbers[1:], "Limit"), cells, frozenset(numbers))

@@ -92,8 +92,8 @@ class FirstRows:
 
 
 class OpenStream:
-    """A stage's stream in the run folder: its windows, of which the tables stay as the ledger. Every rank reads all of it
-    and makes the same windows; those of the first rank are the ledger, those of the others go when they are used."""
+    """A stage's stream in the run folder: its windows, of which the tables stay as the ledger. Every rank reads all of
+    it and makes the same windows; those of the first rank are the ledger, those of the others go when they are used."""
 
     def __init__(self, spec: StreamSpec, output: Path, stage: int, rank: int = 0):
         folder = stream_folder(output, stage)
