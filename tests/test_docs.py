@@ -204,8 +204,10 @@ def test_the_run_folder_is_as_described(tmp_path: Path, qwen25: Path) -> None:
         "incident",
         "incident_lost",
         "roll_back",
+        "save_begun",
         "sink_off",
         "spike",
+        "straggler",
     }
     assert set(pq.read_schema(out.folder / "ledger.parquet").names) == table("run_folder.md", "## ledger.parquet")
 
