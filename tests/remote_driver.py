@@ -27,7 +27,7 @@ def main() -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     remote_module.PAUSES_SECONDS = (0.0,)
     ranks = Ranks(rank, 2, rank, 2)
-    join(ranks, torch.device("cpu"), 60)
+    join(ranks, torch.device("cpu"))
     for session in (1, 2):
         print(json.dumps(run(folder, Remote(url), ranks, case)))
         ranks.barrier("end a session")

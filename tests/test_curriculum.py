@@ -190,7 +190,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], dict[int, set[str]
 
     def noted(self: stage.StageRun, p: Any, data: Any, *rest: Any) -> None:
         tokens = [row.ids_T.tolist() for row in data.rows]
-        line = json.dumps([self._at(p), self.name, data.step.members.tolist(), tokens])
+        line = json.dumps([self.at(p), self.name, data.step.members.tolist(), tokens])
         with (self.output / "seen.jsonl").open("a") as file:
             file.write(line + "\n")
         log(self, p, data, *rest)

@@ -250,7 +250,7 @@ class Located:
         """The run with every default written out and every path absolute, as kept in the run folder."""
         values = self._resolved(self.run)
         if self.stages[0] is not self:
-            shared = {key: values[key] for key in ("model", "log", "output")}
+            shared = {key: values[key] for key in ("model", "parallel", "log", "output")}
             stages: list[dict[str, Any]] = []
             for located in self.stages:
                 assert located.stage is not None
@@ -272,6 +272,8 @@ class Located:
         )
         if (self.folder / Path(values["model"]["path"]).expanduser()).is_dir():
             values["model"]["path"] = self._absolute(values["model"]["path"])
+        if own := values["parallel"]["engine"].get("config"):
+            values["parallel"]["engine"]["config"] = self._absolute(own)
         values["output"] = str(self.output)
         return values
 
