@@ -188,8 +188,11 @@ def test_rings() -> None:
     assert Exchange("reduce_scatter", 800, 8).wire == 7 * 100
     assert Exchange("all_gather", 100, 8).wire == 7 * 100  # its own share, to everyone
     h100 = device("h100")
-    assert Exchange("all_gather", 10**9, 8, 0).seconds(h100) == pytest.approx(7e9 / (450e9 * 0.8))
-    assert Exchange("all_gather", 10**9, 16, 0).seconds(h100) == pytest.approx(15e9 / (50e9 * 0.8))
+    memory = 3350e9 * 0.8
+    within = Exchange("all_gather", 10**9, 8, 0).seconds(h100)  # 1 GB copied in, 8 GB out, each read and written
+    assert within == pytest.approx(7e9 / (450e9 * 0.8) + 18e9 / memory)
+    between = Exchange("all_reduce", 10**9, 16, 3).seconds(h100)
+    assert between == pytest.approx(2 * 15 / 16 * 1e9 / (50e9 * 0.8) + 4e9 / memory + 3 * 30 * 5e-6)
     with pytest.raises(ConfigError, match="no figures are known of a device 'h1000'"):
         device("h1000")
 

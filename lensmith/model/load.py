@@ -79,7 +79,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, loading: 
     from transformers.utils.logging import disable_progress_bar
 
     tensor_dtypes(folder)
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # transformers imports DeepSpeed, which else says what it finds
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # transformers imports DeepSpeed, which else talks of devices
     register()
     disable_progress_bar()
     config = _config(folder, loading)

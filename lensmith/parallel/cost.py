@@ -104,10 +104,18 @@ class Exchange:
         part = {"all_reduce": 2 * (r - 1) / r, "reduce_scatter": (r - 1) / r, "all_gather": r - 1.0, "flags": r - 1.0}
         return part[self.kind] * self.handed
 
+    @property
+    def copied(self) -> float:
+        """Bytes that are read and written on the way: into one tensor and, of a sum, out of it again; of what is
+        gathered, the share into it and the whole out of it."""
+        part = {"all_reduce": 4, "reduce_scatter": 2, "all_gather": 2 * (1 + self.among), "flags": 0}
+        return part[self.kind] * self.handed
+
     def seconds(self, device: Device) -> float:
         """On the slowest link of the ring; a group of one node stays within it. Each takes 2 (R - 1) hops besides."""
         rate = (device.link if self.among <= device.per_node else device.network) * device.link_share
-        return self.wire / rate + self.times * 2 * (self.among - 1) * device.hop_seconds
+        copying = self.copied / (device.bandwidth * device.bandwidth_share)
+        return self.wire / rate + copying + self.times * 2 * (self.among - 1) * device.hop_seconds
 
 
 def exchanges(layout: Layout, tensors: Sequence[Tensor], micro_batches: int, flags: tuple[int, int]) -> list[Exchange]:
