@@ -14,13 +14,15 @@ from ranks_kit import gradients, losses, on_ranks, recorded, train_all
 from runs import located, quiet_train
 from tiny import make_chat, make_model
 
-from lensmith.core.errors import DataError, Drop, UserError
+from lensmith.core.errors import ConfigError, DataError, Drop, UserError
 from lensmith.data.load import Loader
 from lensmith.data.pipeline import Pipeline
 from lensmith.engine.state import Saved, read_state
 from lensmith.recipe import stage
+from lensmith.recipe.check import check
 from lensmith.recipe.run import Located
 from lensmith.report.metrics import read_metrics
+from lensmith.report.terminal import Terminal
 
 STEPS = 10
 ENGINES: dict[str, Any] = {
@@ -277,3 +279,18 @@ def test_presets_on_fsdp2(presets: Path, preset: str) -> None:
         mine, theirs = (s.read(f"param/{name}", 0, int(np.prod(shape))) for s in saved)
         assert mine is not None and theirs is not None and theirs.dtype == mine.dtype == torch.float32
         assert float((mine - theirs).norm()) <= 0.02 * float(mine.norm()) + 1e-3, name
+
+
+@pytest.mark.parametrize(
+    ("engine", "over", "text"),
+    [
+        ({"kind": "deepspeed", "zero": 2}, {"precision": {"preset": "bf16-params-stochastic"}}, "stochastic"),
+        ({"kind": "deepspeed", "zero": 2, "config": "none.json"}, {}, "none.json"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_said_before(grid: Path, engine: Any, over: Any, text: str) -> None:
+    """`lensmith check` says it, on one process and without weights."""
+    run = located(grid / "refused" / "run", grid / "model", grid / "text" / "train.jsonl", parallel={"engine": engine},
+                  **over)  # fmt: skip
+    with pytest.raises(ConfigError, match=text):
+        check(run, Terminal("quiet"))

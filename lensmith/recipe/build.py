@@ -26,7 +26,7 @@ from lensmith.parallel.options import Local
 from lensmith.parallel.ranks import Ranks
 from lensmith.recipe.prepare import Prepared, cache_folder
 from lensmith.recipe.run import Run
-from lensmith.recipe.spread import Spread, adding_up, exact_values, keep_of, over_ranks
+from lensmith.recipe.spread import Spread, adding_up, check_engine, exact_values, keep_of, over_ranks
 
 KEPT_BELOW = 1 << 22
 """On a CPU, blocks of fewer bytes stay with the process when they are freed."""
@@ -205,12 +205,14 @@ def _optimizer(
 
 
 def rehearse(prepared: Prepared) -> None:
-    """What would stop a stage only when its turn comes: device, precision, what trains, rates. No weights are read."""
+    """What would stop a stage only when its turn comes: device, precision, what trains, rates, engine. No weights are
+    read."""
     run = prepared.located.run
-    precision.plan(run.precision, device_of(run), base_dtype(prepared.model_folder))
+    plan = precision.plan(run.precision, device_of(run), base_dtype(prepared.model_folder))
     model = skeleton(prepared.model_folder, loading_of(prepared))
     named = tune.apply(model, run.tune, prepared.family, []).trainable()
     _check_rates(run, [_parts(run, prepared.family)(name) for name, _ in named])
+    check_engine(prepared, model, named, plan)
 
 
 def _check_rates(run: Run, parts: Sequence[str]) -> None:

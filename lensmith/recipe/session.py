@@ -118,7 +118,7 @@ class Session:
             with located.saying_which():
                 work = partial(prepare, located, self.terminal)
                 self.prepared.append(self.ranks.first_then_rest("read the data", work))
-                if self.num_stages > 1:
+                if self.num_stages > 1 or self.ranks.several:
                     rehearse(self.prepared[-1])
         self.clock.lap("index")
         self.on_main("tidy up", self._tidy_up)

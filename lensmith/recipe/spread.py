@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from lensmith.checkpoint.together import Full, gathered
 from lensmith.core.encoded import PackedRow
 from lensmith.core.errors import ConfigError
 from lensmith.engine.optimizer import Keep, MasterAdamW, Named, groups_of
 from lensmith.model import precision
-from lensmith.model.root import MOST_POSITIONS
+from lensmith.model.root import MOST_POSITIONS, vision_mode
 from lensmith.parallel import fsdp
-from lensmith.parallel.options import FSDP2, DeepSpeed
+from lensmith.parallel.options import FSDP2, DeepSpeed, Local
 from lensmith.parallel.ranks import Ranks
+from lensmith.parallel.zero import ZeroAdamW, check_installed
+from lensmith.parallel.zero_config import Facts, Settings, kept_types, settings
 from lensmith.recipe.prepare import Prepared
 from lensmith.recipe.probe import probe_row
 from lensmith.recipe.together import SharedStep
@@ -80,17 +83,27 @@ def over_ranks(
 ) -> Spread:  # fmt: skip
     """Spread `root`, whose parameters have their types, over the ranks. All ranks together."""
     engine = prepared.located.run.parallel.engine
-    _refuse(prepared, root, isinstance(engine, DeepSpeed) and engine.zero == 3)
     if isinstance(engine, FSDP2):
         return _fsdp2(prepared, root, tuned, plan, ranks, part_of, exact, engine)
     assert isinstance(engine, DeepSpeed)
     return _deepspeed(prepared, root, tuned, plan, ranks, part_of, exact, engine)
 
 
-def _refuse(prepared: Prepared, root: Root, everything: bool) -> None:
-    """A rank without pictures runs a small one beside its samples, so rows of one sample cannot do it. `everything`:
-    also what is frozen is spread."""
-    if (everything or root.vision_mode != "frozen") and prepared.family.packing == "one_sample_per_row":
+def check_engine(prepared: Prepared, model: nn.Module, named: Named, plan: precision.PrecisionPlan) -> None:
+    """What an engine cannot do with a model of which `named` trains; no weights are needed. Raises `ConfigError`.
+
+    A rank without pictures runs a small one beside its samples, so rows of one sample cannot do it; ZeRO-3 also spreads
+    what is frozen.
+    """
+    engine = prepared.located.run.parallel.engine
+    if isinstance(engine, Local):
+        return
+    if isinstance(engine, DeepSpeed):
+        check_installed()
+        _zero_settings(prepared, model, named, plan, engine, pinned=False)
+    everything = isinstance(engine, DeepSpeed) and engine.zero == 3
+    trained = vision_mode(model, prepared.family) != "frozen"
+    if (everything or trained) and prepared.family.packing == "one_sample_per_row":
         raise ConfigError(
             "PARALLEL", f"{prepared.family.name}: rows hold one sample each, so a rank without pictures cannot keep up "
             "with the others", remedy="use parallel.engine: local, or fsdp2 with vision and projector frozen",
@@ -128,22 +141,8 @@ def _deepspeed(
     prepared: Prepared, root: Root, tuned: Tuned, plan: precision.PrecisionPlan, ranks: Ranks,
     part_of: Callable[[str], str], exact: dict[str, torch.Tensor], engine: DeepSpeed,
 ) -> Spread:  # fmt: skip
-    from lensmith.parallel.zero import ZeroAdamW
-    from lensmith.parallel.zero_config import Facts, kept_types, settings
-
-    run, named, model = prepared.located.run, tuned.trainable(), tuned.model
-    trains = {n for n, _ in named}
-    frozen = [(n, p.dtype) for n, p in model.named_parameters() if n not in trains]
-    parameters, gradients = kept_types(keep_of(prepared, named, plan), frozen)
-    rates = run.optimizer
-    facts = Facts(
-        engine.zero, engine.offload, parameters, gradients, run.train.clip_norm,
-        {"lr": rates.lr, "betas": list(rates.betas), "eps": rates.eps, "weight_decay": rates.weight_decay},
-        sum(p.numel() for _, p in named), model.config.get_text_config().hidden_size,
-        pin_memory=root.device.type == "cuda",
-    )  # fmt: skip
-    own = None if engine.config is None else prepared.located.folder / engine.config
-    made = settings(facts, own)
+    rates, named, model = prepared.located.run.optimizer, tuned.trainable(), tuned.model
+    made = _zero_settings(prepared, model, named, plan, engine, pinned=root.device.type == "cuda")
     groups = groups_of(named, [part_of(n) for n, _ in named], rates)
     optimizer = ZeroAdamW(
         root, named, groups, made.config, ranks, root.device, betas=rates.betas, eps=rates.eps, masters=exact
@@ -156,6 +155,24 @@ def _deepspeed(
     return Spread(
         optimizer.engine, optimizer, full, nullcontext, optimizer.close, engine.zero < 3, tuple(made.warnings)
     )
+
+
+def _zero_settings(
+    prepared: Prepared, model: Any, named: Named, plan: precision.PrecisionPlan, engine: DeepSpeed, *, pinned: bool
+) -> Settings:
+    """DeepSpeed's configuration for the run, with what its own file adds."""
+    run, part_of, trains = prepared.located.run, prepared.family.part_of, {n for n, _ in named}
+    frozen = [
+        (n, plan.of(precision.part_in(part_of, n)).frozen) for n, _ in model.named_parameters() if n not in trains
+    ]
+    parameters, gradients = kept_types(keep_of(prepared, named, plan), frozen)
+    rates = run.optimizer
+    facts = Facts(
+        engine.zero, engine.offload, parameters, gradients, run.train.clip_norm,
+        {"lr": rates.lr, "betas": list(rates.betas), "eps": rates.eps, "weight_decay": rates.weight_decay},
+        sum(p.numel() for _, p in named), model.config.get_text_config().hidden_size, pin_memory=pinned,
+    )  # fmt: skip
+    return settings(facts, None if engine.config is None else prepared.located.folder / engine.config)
 
 
 def _reading(values: dict[str, torch.Tensor]) -> Read:
