@@ -2,12 +2,13 @@
 
     python benchmarks/scaling_check.py [SETTING ...] [--folder DIR]
 
-The model of `memory_check.py` (101 million parameters), 6 conversations a step in rows of up to 2,048 tokens (LoRA 16 in
-rows of up to 4,096, as there), four steps of which the first is not counted. Rank variables are set as a launcher sets
-them, and each rank calls `lensmith train`'s own function with one thread. Seconds are processor time of the first rank,
-which has the dearest row of each step: the wall clock, which is printed beside, measures what else runs on the machine.
-Memory is the peak above what the imports leave, of the rank with most. Bytes are counted where torch hands them to
-gloo, in a run of their own, and must be equal. The network's rate is measured first, with two processes that sum 64 MiB.
+The model of `memory_check.py` (101 million parameters), 6 conversations a step in rows of up to 2,048 tokens (LoRA 16
+in rows of up to 4,096, as there), four steps of which the first is not counted. Rank variables are set as a launcher
+sets them, and each rank calls `lensmith train`'s own function with one thread. Seconds are processor time of the first
+rank, which has the dearest row of each step: the wall clock, which is printed beside, measures what else runs on the
+machine. Memory is the peak above what the imports leave, of the rank with most. Bytes are counted where torch hands
+them to gloo, in a run of their own, and must be equal. The network's rate is measured first, with two processes that
+sum 64 MiB.
 
 oneDNN keeps what it compiled for each shape of a matrix product, up to 1,024 of them, and every row has shapes of its
 own: with bfloat16 on AMX that grew by 50 MiB a step, which no prediction counts. Here it keeps 32.
