@@ -560,14 +560,16 @@ def test_whatever_ends_a_run_leaves_no_process(
 
     kinds = {"interrupt": KeyboardInterrupt, "defect": AssertionError, "killed maker": RunError}
     with monkeypatch.context() as patch:
-        at_step(patch, 2, act)
+        at_step(patch, 1 if how == "killed maker" else 2, act)
         with pytest.raises(kinds.get(how, Interrupted)) as caught:
             runs.quiet_train(run)
     assert settled()
     if how == "killed maker":
         assert "[DATA_WORKER] the process that reads the stream died of SIGKILL" in str(caught.value)
     saved = sorted(p.name for p in (tmp_path / "run/checkpoints").glob("step-*"))
-    assert saved == ({"signal": ["step-00000002"], "killed maker": ["step-00000003"]}.get(how.split(" to ")[0], []))
+    windows = ["step-00000003"], ["step-00000006"]  # the maker may have handed over the second one already
+    ends = {"signal": (["step-00000002"],), "killed maker": windows}.get(how.split(" to ")[0], ([],))
+    assert saved in ends
     runs.quiet_train(run)
     assert end(tmp_path / "run") == end(uninterrupted)
 

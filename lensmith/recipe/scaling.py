@@ -176,8 +176,10 @@ class Planner:
                 raise DataError("NO_STEPS", f"{plan.num_samples:,} samples do not fill a step of {plan.samples:,}")
         memory = self._predicted(plan, ranks)
         hit = work.hits(plan, ranks)
-        least = sum(work.counted.row.values()) * self.rates.launch
-        seconds = SecondsOf(work.formula, work.rate(self.rates, self.ask.mfu, self.peak), hit, least)
+        counted = work.counted_of(plan, ranks)
+        rates = work.rates(None, counted) if self.host and counted is not work.counted else self.rates
+        least = sum(counted.row.values()) * rates.launch
+        seconds = SecondsOf(work.formula, work.rate(counted, rates, self.ask.mfu, self.peak), hit, least)
         placed = work.steps_of(plan, ranks, seconds)
         useful = work.useful(plan, hit)
         return [self._row(layout, memory, placed, steps, useful) for layout in layouts(ranks, self.device.per_node)]
@@ -237,7 +239,8 @@ class Planner:
     def assumed(self) -> str:
         """What the figures rest on."""
         d, by = self.device, "measured here" if self.host else "of its data sheet (docs/scaling.md)"
-        rate = f"rows compute at {self.work.rate(self.rates, self.ask.mfu, self.peak) / 1e12:,.2f} TFLOP/s"
+        of_rows = self.work.rate(self.work.counted, self.rates, self.ask.mfu, self.peak)
+        rate = f"rows compute at {of_rows / 1e12:,.2f} TFLOP/s"
         return (
             f"{d.name}: {self.peak / 1e12:,.2f} TFLOP/s {by}; {rate}; {d.link / 1e9:,.0f} GB/s within a node of "
             f"{d.per_node}, {d.network / 1e9:,.1f} GB/s between nodes, of which {percent(d.link_share)} are reached; "

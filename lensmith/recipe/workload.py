@@ -86,16 +86,25 @@ class Workload:
         self.formula = Formula(model, prepared.family, recompute=prepared.located.run.train.recompute)
         self.amounts = Amounts.of(index.column, self.formula.tile)
         self.looks = index.column("look")
-        self.counted = count(found, self._middle_row())
+        self._counted: dict[tuple[int, ...], Counted] = {}
+        self.counted = self.counted_of(plan, 1)
 
-    def _middle_row(self) -> PackedRow:
+    def counted_of(self, plan: Plan, ranks: int) -> Counted:
+        """Of a row of middle cost of those that so many ranks get. Small rows have another rate than large ones, and a
+        head that runs in chunks computes them twice."""
+        row = self._middle_row(plan, ranks)
+        if row.members not in self._counted:
+            self._counted[row.members] = count(self.found, row)
+        return self._counted[row.members]
+
+    def _middle_row(self, plan: Plan, ranks: int) -> PackedRow:
         """Of the first steps, a row that can be read; else the largest."""
-        pipeline = Pipeline(self.index, self.plan, self.prepared.limits)
-        rows = [row for step, _ in zip(self.plan.steps(), range(LOOKED_AT_STEPS), strict=False)
+        pipeline = Pipeline(self.index, plan, self.prepared.limits, ranks=ranks)
+        rows = [row for step, _ in zip(plan.steps(), range(LOOKED_AT_STEPS), strict=False)
                 for row in pipeline.rows_of(step) if row]  # fmt: skip
         cost = self.index.column("tokens") + self.index.column("patches") / 4.0
         rows.sort(key=lambda row: sum(float(cost[m.number]) for m in row))
-        row = pipeline.reread(tuple(m.number for m in rows[len(rows) // 2]))
+        row = pipeline.reread(tuple(m.number for m in rows[len(rows) // 2])) if rows else self.found.row
         return row if row.num_tokens else self.found.row
 
     # -- one row ------------------------------------------------------------------------------------------------
@@ -113,19 +122,20 @@ class Workload:
         work = self.formula.executed(self.of_row(self.counted.members))
         return float(np.sum(work.total)) / self.counted.flops
 
-    def rate(self, rates: Rates, mfu: float | None, peak: float) -> float:
-        """FLOPs per second, counted as executed, that rows get: by `rates`, or so that they reach an MFU."""
-        row = self.of_row(self.counted.members)
+    def rate(self, counted: Counted, rates: Rates, mfu: float | None, peak: float) -> float:
+        """FLOPs per second, counted as executed, that rows like `counted` get: by `rates`, or so that they reach an
+        MFU."""
+        row = self.of_row(counted.members)
         executed = float(np.sum(self.formula.executed(row).total))
         if mfu is None:
-            return executed / rates.seconds(self.counted.row)
+            return executed / rates.seconds(counted.row)
         return mfu * peak * executed / float(np.sum(self.formula.useful(row).total))
 
-    def rates(self, device: Device | None) -> Rates:
-        """Of a device of the table; None: of this machine, measured."""
+    def rates(self, device: Device | None, counted: Counted | None = None) -> Rates:
+        """Of a device of the table; None: of this machine, measured with the operations of rows like `counted`."""
         if device is None:
             keep_freed_memory()
-            return measure(self.counted.row | self.counted.update)
+            return measure((counted or self.counted).row | self.counted.update)
         flops = {getattr(torch, name): peak * device.peak_share for name, peak in device.peak.items()}
         return Rates(flops, device.bandwidth * device.bandwidth_share, device.launch_seconds)
 
