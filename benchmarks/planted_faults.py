@@ -150,7 +150,7 @@ class Whole(nn.Module):
 
     def forward(self, number: torch.Tensor) -> dict[str, torch.Tensor]:
         step = self.steps[int(number)]
-        return {"loss": sum(self.root(row)["loss"][0] for row in step.rows) / step.num_supervised}
+        return {"loss": sum(self.root(row)["loss"][0] for row in step.rows) / step.counts["tokens"]}
 
 
 class InOrder(torch.utils.data.IterableDataset[Any]):

@@ -20,7 +20,7 @@ import typer
 from lensmith.cli import app
 from lensmith.config.build import apply_overrides, build
 from lensmith.config.yaml_file import Tree, parse_tree
-from lensmith.data.formats import detect
+from lensmith.data.formats import detect, parse_compared
 from lensmith.recipe.options import options_page
 from lensmith.recipe.run import Run, from_tree, load_run
 
@@ -154,7 +154,10 @@ def test_the_examples_show_every_way_of_tuning() -> None:
 def test_rows_in_the_pages(text: str) -> None:
     for line in text.splitlines():
         row = json.loads(line)
-        assert detect(row, "page").parse(row, "page").content
+        compare = "labels" if "label" in row else "pairs" if "chosen" in row else None
+        layout = detect(row, "page", compare)
+        found = layout.parse(row, "page") if compare is None else parse_compared(layout, row, "page", compare)
+        assert found.content
 
 
 def test_the_options_page_is_that_of_the_fields() -> None:
@@ -197,6 +200,7 @@ def test_the_run_folder_is_as_described(tmp_path: Path, qwen25: Path) -> None:
     events = {record["name"] for record in records if record["kind"] == "event"}
     assert {*steps[0], *events} - {"kind"} <= table("run_folder.md", "## metrics.jsonl")
     assert table("run_folder.md", "## metrics.jsonl") - {*steps[0]} <= {
+        "objective",
         "checkpoint",
         "dropped",
         "early_stop",

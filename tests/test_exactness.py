@@ -109,7 +109,7 @@ def _gradient(prepared: Any, built: Any, limits: Limits) -> dict[str, torch.Tens
         def step(self, factor: float) -> None:
             seen.update({n: g.detach().clone() for n, g in built.optimizer.gradients()})
 
-    run_step(built.root, data.rows, data.num_supervised, Keep(), built.part_of, factor=1.0, clip_norm=None)  # type: ignore[arg-type]
+    run_step(built.root, data.rows, {"loss": data.num_supervised}, Keep(), built.part_of, factor=1.0, clip_norm=None)  # type: ignore[arg-type]
     return seen
 
 

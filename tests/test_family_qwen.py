@@ -525,12 +525,14 @@ def test_positions_equal_get_rope_index(kit: Kit) -> None:
         assert (torch.from_numpy(encoded.position_ids_3L) == theirs[:, 0]).all(), name
 
 
-class KeepLogits:
+class KeepLogits(NextTokenLoss):
     """An objective that also keeps what it was given."""
 
-    def terms(self, logits_SV: torch.Tensor, target_S: torch.Tensor, weight_S: torch.Tensor, by_source: Any) -> Any:
-        self.logits_SV = logits_SV.detach()
-        return NextTokenLoss().terms(logits_SV, target_S, weight_S)
+    logits_SV: torch.Tensor
+
+    def at(self, logits_SV: torch.Tensor, target_S: torch.Tensor) -> Any:
+        object.__setattr__(self, "logits_SV", logits_SV.detach())
+        return super().at(logits_SV, target_S)
 
 
 def row_of(kit: Kit, samples: Sequence[Encoded]) -> PackedRow:

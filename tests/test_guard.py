@@ -90,7 +90,7 @@ def _rank(rank: int, folder: str, steps: int) -> None:
 
         ranks = Ranks(rank, 2)
         result = run_step(
-            root, [1.0 + n], 1.0, optimizer, lambda name: "language", factor=1.0, clip_norm=None, ranks=ranks
+            root, [1.0 + n], {"loss": 1.0}, optimizer, lambda name: "language", factor=1.0, clip_norm=None, ranks=ranks
         )
         applied.append(result.applied)
         kinds.append(result.disagree)
@@ -219,7 +219,9 @@ def test_scaled_gradients_are_those_without_a_scale() -> None:
         def root(row: float, weight: nn.Parameter = weight) -> Any:
             return {"loss": ((weight**3).sum() * row, torch.ones(()))}
 
-        result = run_step(root, [0.3, 0.7], 2.0, optimizer, lambda n: n, factor=1.0, clip_norm=0.5, scale=scale)
+        result = run_step(
+            root, [0.3, 0.7], {"loss": 2.0}, optimizer, lambda n: n, factor=1.0, clip_norm=0.5, scale=scale
+        )
         found.append((result.loss, result.grad_norm, result.clipped_to, weight.detach().clone()))
     assert found[0][:3] == found[1][:3] and torch.equal(found[0][3], found[1][3])
 
@@ -238,6 +240,7 @@ class Data:
     number: int
     rows: list[Row]
     num_supervised: float = 1.0
+    counts: dict[str, float] = field(default_factory=lambda: {"loss": 1.0})
     num_samples: int = 1
     num_tokens: int = 1
     wait_seconds: float = 0.0
@@ -283,7 +286,7 @@ class Harness:
         while self.progress.step < steps:
             n = self.progress.step
             members = tuple(m for m in self.members(n) if self.progress.excluded.get(m, n + 1) > n)
-            yield Data(n, [Row(members, np.repeat(members, 2))], float(len(members)))
+            yield Data(n, [Row(members, np.repeat(members, 2))], counts={"loss": float(len(members))})
 
     def log(self, p: Progress, data: Data, result: Any, seconds: float) -> None:
         if result.applied:
@@ -435,7 +438,7 @@ def scene(model: nn.Module, rows: list[tuple[int, ...]]) -> Scene:
     named = list(model.named_parameters())
     return Scene(
         lambda row: {"loss": (model(row.members), torch.ones(()))}, model,
-        [Row(m, np.repeat(m, 1)) for m in rows], lambda row: row, lambda n: Row((n,), np.array([n])), 1.0,
+        [Row(m, np.repeat(m, 1)) for m in rows], lambda row: row, lambda n: Row((n,), np.array([n])), {"loss": 1.0},
         MasterAdamW(named, ["language"] * len(named), AdamW()), lambda name: name.split(".")[0], Snapshot(),
     )  # fmt: skip
 

@@ -108,6 +108,7 @@ class Data:
     num_samples: int = 1
     num_tokens: int = 1
     num_supervised: float = 1.0
+    counts: dict[str, float] = field(default_factory=lambda: {"loss": 1.0})
     wait_seconds: float = 0.0
     num_sources: int = 0
 
@@ -157,7 +158,7 @@ class Harness:
             callbacks=Callbacks(log, evaluate, save, lambda row: row, lambda name, fields: None),
         )  # fmt: skip
         data = (
-            Data(n, rows=self.rows(n), num_supervised=float(len(self.rows(n))))
+            Data(n, rows=self.rows(n), counts={"loss": float(len(self.rows(n)))})
             for n in range(self.progress.step, self.steps)
         )
         return loop.run(data)
@@ -271,7 +272,7 @@ def test_clipping_is_torchs() -> None:
         return {"loss": (sum((p**3).sum() for _, p in named) * row, torch.ones(()))}
 
     optimizer = Seen(named, ["language", "vision"] * 2, AdamW())
-    result = run_step(root, rows, 2.0, optimizer, lambda n: n, factor=1.0, clip_norm=0.7)
+    result = run_step(root, rows, {"loss": 2.0}, optimizer, lambda n: n, factor=1.0, clip_norm=0.7)
     for row in rows:
         (root(row)["loss"][0] / 2.0).backward()
     norm = nn.utils.clip_grad_norm_([p for _, p in named], 0.7)
@@ -301,7 +302,7 @@ def test_masters_accumulate_in_float32() -> None:
     def root(scale: float) -> Any:
         return {"loss": ((p.float() * scale).sum(), torch.ones(()))}
 
-    run_step(root, scales, 1.0, Seen(), lambda n: n, factor=1.0, clip_norm=None)  # type: ignore[arg-type]
+    run_step(root, scales, {"loss": 1.0}, Seen(), lambda n: n, factor=1.0, clip_norm=None)  # type: ignore[arg-type]
     reference = torch.full((4,), 1.0 + 7 * 2.0**-9)
     assert seen["gradient"].dtype == torch.float32 and torch.equal(seen["gradient"], reference)
     half = torch.tensor(0.0, dtype=torch.bfloat16)
@@ -312,7 +313,7 @@ def test_masters_accumulate_in_float32() -> None:
     assert torch.allclose(master, torch.full((4,), 1 - 1e-4), atol=1e-9)  # AdamW's first step is lr x sign
     assert (p == 1).all() and p.dtype == torch.bfloat16
     for _ in range(60):
-        run_step(root, scales, 1.0, optimizer, lambda n: n, factor=1.0, clip_norm=None)
+        run_step(root, scales, {"loss": 1.0}, optimizer, lambda n: n, factor=1.0, clip_norm=None)
     assert (p < 1).all()  # 61 updates that bfloat16 alone would have lost one by one
 
 
@@ -350,7 +351,13 @@ def test_recomputation_changes_no_gradient(tmp_path: Path, qwen25: Path, chat: P
 
         built.optimizer.__class__ = Keep
         result = run_step(
-            built.root, data.rows, data.num_supervised, built.optimizer, built.part_of, factor=1.0, clip_norm=None
+            built.root,
+            data.rows,
+            {"loss": data.num_supervised},
+            built.optimizer,
+            built.part_of,
+            factor=1.0,
+            clip_norm=None,
         )
         found[recompute] = (result.loss, gradients)
     assert calls[True][0] == 2 * calls[False][0] > 0

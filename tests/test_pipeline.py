@@ -245,7 +245,7 @@ def test_a_removed_picture_drops_its_sample_and_no_other(tmp_path: Path, qwen25:
 def loss_of(p: Prepared, step: Any) -> float:
     built = build(p)
     found = run_step(
-        built.root, step.rows, step.num_supervised, built.optimizer, built.part_of, factor=1.0, clip_norm=None
+        built.root, step.rows, {"loss": step.num_supervised}, built.optimizer, built.part_of, factor=1.0, clip_norm=None
     )
     return found.loss
 

@@ -85,7 +85,9 @@ def gradients_of(built: Any, step: Any) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     optimizer = built.optimizer
     optimizer.step = lambda factor: found.update((n, g.clone()) for n, g in optimizer.gradients())
-    result = run_step(built.root, step.rows, step.num_supervised, optimizer, built.part_of, factor=1.0, clip_norm=None)
+    result = run_step(
+        built.root, step.rows, {"loss": step.num_supervised}, optimizer, built.part_of, factor=1.0, clip_norm=None
+    )
     assert result.applied
     return found
 

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lensmith.core.sample import Image, Video
+from lensmith.core.sample import Image, Preference, Video
 
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 
 TEXT, IMAGE = 0, 1
 IGNORED = -100
+CHOSEN, REJECTED, GOOD, BAD = 0, 1, 2, 3
+"""What a sequence is among those that an objective compares."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ class Encoded:
     segments: tuple[Segment, ...]
     images: tuple[ImageBlock, ...]
     num_answers: int = 1
+    preference: Preference | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -98,6 +101,16 @@ class Encoded:
         return sum(block.num_patches for block in self.images)
 
     @property
+    def branches(self) -> tuple[Segment, ...]:
+        """The segment of each branch; what is before them is the common beginning."""
+        return self.segments[len(self.segments) - self.num_answers :]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest branch with what is before it."""
+        return max(s.prefix_length + s.length for s in self.branches)
+
+    @property
     def target_L(self) -> IntArray:
         target = np.full(len(self.ids_L), IGNORED, np.int32)
         for s in self.segments:
@@ -106,9 +119,41 @@ class Encoded:
         return target
 
     @property
+    def supervised_of_branches(self) -> list[int]:
+        """Targets of each branch."""
+        target = self.target_L != IGNORED
+        return [int(target[s.start : s.start + s.length].sum()) for s in self.branches]
+
+    @property
     def num_supervised(self) -> int:
         """Targets, not trained tokens: the first token of a segment has no position that predicts it."""
         return int((self.target_L != IGNORED).sum())
+
+
+@dataclass(slots=True)
+class Compared:
+    """The sequences of a row whose likelihoods an objective compares: B of them, the two of a pair behind each other.
+
+    sequence_S: the sequence that each supervised position belongs to. role_B: CHOSEN, REJECTED, GOOD or BAD. length_B:
+    supervised positions. margin_B: of a pair, with both of its sequences. last_B: the position in the row of the last
+    trained token. reference_B: log-probability under the reference model, once it is known.
+    """
+
+    sequence_S: IntArray
+    role_B: npt.NDArray[np.int8]
+    length_B: IntArray
+    last_B: IntArray
+    margin_B: npt.NDArray[np.float32]
+    sample_B: npt.NDArray[np.int64]
+    source_B: IntArray
+    weight_B: npt.NDArray[np.float32]
+    other_B: npt.NDArray[np.int64]
+    """The sample whose answer this is, where it is another one's; else -1."""
+    reference_B: npt.NDArray[np.float32] | None = None
+    mismatched: PackedRow | None = None
+    """The same prompts with the answers of other samples, where an objective asks for them; in the same order."""
+    statistic: float = 0.0
+    """What the objective asked about the whole step."""
 
 
 @dataclass(slots=True)
@@ -136,6 +181,7 @@ class PackedRow:
     pixels_PD: npt.NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
     members: tuple[int, ...] = ()
     dropped: tuple[tuple[int, str, str], ...] = ()
+    compared: Compared | None = None
     meta: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property

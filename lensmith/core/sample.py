@@ -84,6 +84,18 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class Preference:
+    """What a sample says of its answers. Of two branches the first has the chosen answer and the second the rejected
+    one (`label` None); of one, `label` says whether its answer is a good one.
+
+    `margin`: by how much the chosen answer is better, where the data says so.
+    """
+
+    label: bool | None = None
+    margin: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One row of a source. `origin` ("train.jsonl:17") is repeated by every later error, drop and incident."""
 
@@ -91,6 +103,15 @@ class Sample:
     content: Document | tuple[Conversation | Document, ...]
     id: str | None = None
     notes: tuple[str, ...] = ()
+    preference: Preference | None = None
+    """None: every branch is to be learnt."""
+
+    def good(self) -> tuple[Conversation | Document, ...]:
+        """The branches that say what is to be said: not the rejected answer of a pair, nor one that is labelled bad."""
+        branches = (self.content,) if isinstance(self.content, Document) else self.content
+        if self.preference is None:
+            return branches
+        return branches[:1] if self.preference.label is not False else ()
 
     def images(self) -> list[Image]:
         """Every image in reading order, branch by branch, with repeats. Frames of videos are not among them."""

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lensmith.core.encoded import IGNORED, Encoded, ImageBlock, PackedRow, Segment
+from lensmith.core.encoded import (
+    BAD,
+    CHOSEN,
+    GOOD,
+    IGNORED,
+    REJECTED,
+    Compared,
+    Encoded,
+    ImageBlock,
+    PackedRow,
+    Segment,
+)
 from lensmith.core.errors import Drop
-from lensmith.core.sample import Video
+from lensmith.core.sample import Conversation, Sample, Video
 from lensmith.data.load import Loader, SampleRef, content_key
 
 
@@ -22,6 +33,9 @@ class Member:
     weight: float = 1.0
     tokens: int = -1
     source: int = 0
+    other: tuple[int, SampleRef] | None = None
+    """Number and place of the sample whose answer is read behind this one's prompt too, where mismatched answers are
+    asked for."""
 
 
 Grid = tuple[int, int, int]
@@ -141,6 +155,30 @@ def load_row(
     return _join(kept, pictures, tuple(dropped))
 
 
+def load_compared(loader: Loader, members: Sequence[Member], known: dict[str, str]) -> PackedRow:
+    """As `load_row`; the row has its prompts with the answers of `Member.other` too, for the members that it kept."""
+    row = load_row(loader, members, known)
+    kept = [replace(m, tokens=-1) for m in members if m.number in row.members and m.other is not None]
+    if kept and row.compared is not None:
+        found = load_row(loader, kept, known, lambda m: _encode_mismatched(loader, m))
+        if found.compared is not None:
+            rest = iter(kept)  # a step that goes over an epoch's end may have a sample twice, with two others
+            others = [next(m.other[0] for m in rest if m.number == n and m.other is not None) for n in found.members]
+            found.compared.other_B = np.array(others, np.int64)
+            row.compared.mismatched = found
+    return row
+
+
+def _encode_mismatched(loader: Loader, member: Member) -> tuple[str, Encoded]:
+    """The prompt of a sample with the answer of another one."""
+    assert member.other is not None
+    sample, other = (
+        loader.sample(member.at.file, member.at.row),
+        loader.sample(member.other[1].file, member.other[1].row),
+    )
+    return sample.origin, loader.encode(member.at.file, mismatched(sample, other))
+
+
 def _encode(loader: Loader, member: Member) -> tuple[str, Encoded]:
     sample = loader.sample(member.at.file, member.at.row)
     return sample.origin, loader.encode(member.at.file, sample, member.at.cut)
@@ -177,5 +215,57 @@ def _join(
         members=tuple(m.number for m, _, _ in kept),
         dropped=dropped,
     )
+    if kept and kept[0][1].preference is not None:
+        row.compared = _compared(kept, offsets.tolist(), supervised)
     pictures.fill(row, [i for _, _, found in kept for i in found])
     return row
+
+
+def _compared(
+    kept: list[tuple[Member, Encoded, list[int]]], offsets: Sequence[int], supervised_S: np.ndarray
+) -> Compared:
+    """The sequences of samples that compare answers, in order of their positions."""
+    sequences = [
+        (member, encoded, role, segment, int(offset))
+        for (member, encoded, _), offset in zip(kept, offsets, strict=False)
+        for role, segment in zip(_roles(encoded), encoded.branches, strict=True)
+    ]
+    begins = np.array([offset + segment.start for _, _, _, segment, offset in sequences])
+    sequence_S = np.searchsorted(begins, supervised_S, side="right").astype(np.int32) - 1
+    members = [member for member, *_ in sequences]
+    last = [offset + _last_trained(encoded, segment) for _, encoded, _, segment, offset in sequences]
+    return Compared(
+        sequence_S=sequence_S,
+        role_B=np.array([role for _, _, role, _, _ in sequences], np.int8),
+        length_B=np.bincount(sequence_S, minlength=len(sequences)).astype(np.int32),
+        last_B=np.array(last, np.int32),
+        margin_B=np.array([e.preference.margin if e.preference else 0.0 for _, e, *_ in sequences], np.float32),
+        sample_B=np.array([m.number for m in members], np.int64),
+        source_B=np.array([m.source for m in members], np.int32),
+        weight_B=np.array([m.weight for m in members], np.float32),
+        other_B=np.full(len(members), -1, np.int64),
+    )
+
+
+def _last_trained(encoded: Encoded, segment: Segment) -> int:
+    inside = encoded.trained_L[segment.start : segment.start + segment.length]
+    return segment.start + int(np.flatnonzero(inside)[-1])
+
+
+def _roles(encoded: Encoded) -> tuple[int, ...]:
+    assert encoded.preference is not None
+    label = encoded.preference.label
+    return (CHOSEN, REJECTED) if label is None else (GOOD,) if label else (BAD,)
+
+
+def mismatched(sample: Sample, other: Sample) -> Sample:
+    """The prompt of a labelled sample behind which the answer of another one stands."""
+    mine, its = _talk(sample), _talk(other)
+    prompt = tuple(m for m in mine.messages if not m.trained)
+    answer = tuple(m for m in its.messages if m.trained)
+    return replace(sample, content=(replace(mine, messages=(*prompt, *answer)),))
+
+
+def _talk(sample: Sample) -> Conversation:
+    assert isinstance(sample.content, tuple) and isinstance(sample.content[0], Conversation)
+    return sample.content[0]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +15,12 @@ import numpy as np
 
 from lensmith.core.encoded import IMAGE, TEXT, Encoded, ImageBlock, Segment, VideoInfo
 from lensmith.core.errors import Drop
-from lensmith.core.sample import Conversation, Document, Image, Part, Sample, Text, Video
+from lensmith.core.sample import Conversation, Document, Image, Part, Preference, Sample, Text, Video
 from lensmith.data.branches import join_branches
+from lensmith.data.formats.boxes import Form, with_boxes
 from lensmith.data.split import SENTENCE_ENDS, Cut, Splitter, UnitSize, sentence_ends, stretches
 from lensmith.data.tokenizer import Stands, TextTokenizer
+from lensmith.data.turns import blocks_left, kept, mask_of, shortened, turns_of
 
 ImageSize = Callable[[Image], tuple[int, int]]
 
@@ -124,19 +127,29 @@ class Encoder:
     tokenizer: TextTokenizer
     image_size: ImageSize
     max_tokens: int
-    too_long: Literal["drop", "cut"] = "drop"
+    too_long: Literal["drop", "cut", "llamafactory"] = "drop"
     documents: DocumentRules = DocumentRules()
     video_info: Callable[[Video], VideoInfo] | None = None
+    train_line_feed: bool = False
+    """The line feed behind a trained end of turn is trained too."""
 
     def encode(self, sample: Sample, cut: Cut | None = None) -> Encoded:
         """A sample, or one piece of a document. Raises `Drop` TOO_LONG, NO_TARGETS and what opening media raises."""
         self._refuse_hopeless(sample)
         if not isinstance(sample.content, Document):
-            return self._checked(join_branches([self._branch(c) for c in sample.content]))
+            return self._checked(self._joined(sample.content, sample.preference))
         units = self._units(sample.content)
         if cut is None:
             return self._checked(self._encoded(self._all(units)))
         return self._checked(self._cut({n: self._unit(units, n) for n in range(cut.first, cut.last + 1)}, cut))
+
+    def _joined(self, branches: Sequence[Conversation | Document], preference: Preference | None) -> Encoded:
+        if preference is None:
+            return join_branches([self._branch(c) for c in branches])
+        if self.too_long == "llamafactory":
+            return replace(join_branches(self._answers_in_proportion(branches)), preference=preference)
+        whole = replace(self, too_long="drop")  # an answer that ends early is another answer
+        return replace(join_branches([whole._branch(c) for c in branches]), preference=preference)
 
     def pieces(self, sample: Sample) -> list[tuple[Cut | None, Encoded | Drop]]:
         """(None, sample) for one that stays whole, else every piece of a document in order.
@@ -159,16 +172,18 @@ class Encoder:
         return found
 
     def _checked(self, encoded: Encoded) -> Encoded:
-        if encoded.num_tokens > self.max_tokens:
+        if (encoded.num_tokens if encoded.preference is None else encoded.longest) > self.max_tokens:
             raise self._too_long(encoded)
         if encoded.num_supervised == 0:
             raise Drop("NO_TARGETS", "no supervised token")
+        if encoded.preference is not None and min(encoded.supervised_of_branches) == 0:
+            raise Drop("NO_TARGETS", "one of the answers has no supervised token")
         return encoded
 
     def _refuse_hopeless(self, sample: Sample) -> None:
         """Ten million characters take a quarter of a minute to tokenise; that they are too long is known before."""
         whole = isinstance(sample.content, Document)
-        if (self.documents.too_long == "split") if whole else (self.too_long == "cut"):
+        if (self.documents.too_long == "split") if whole else (self.too_long != "drop"):
             return
         longest = max((len(p.text) for p in sample.parts() if isinstance(p, Text)), default=0)
         # composing characters (NFC) makes a text shorter, by less than four
@@ -177,9 +192,11 @@ class Encoder:
 
     def encode_prompt(self, conversation: Conversation) -> Encoded:
         """Up to where the assistant answers; for generation."""
-        return self._pieces(self.rendering.render(conversation, ask=True))
+        return self._pieces(self.rendering.render(with_boxes(conversation, self._sizes), ask=True))
 
     def _too_long(self, encoded: Encoded) -> Drop:
+        if encoded.preference is not None:
+            return Drop("TOO_LONG", f"{encoded.longest} tokens in its longest answer > {self.max_tokens}")
         if encoded.num_answers > 1:
             return Drop(
                 "TOO_LONG", f"{encoded.num_tokens} tokens in {encoded.num_answers} branches > {self.max_tokens}"
@@ -191,16 +208,68 @@ class Encoder:
         return self._document(branch) if isinstance(branch, Document) else self._conversation(branch)
 
     def _conversation(self, conversation: Conversation) -> Encoded:
-        encoded = self._pieces(self.rendering.render(conversation))
+        if self.too_long == "llamafactory":
+            return self._in_proportion(conversation)
+        encoded = self._pieces(self._rendered(conversation))
         if encoded.num_tokens <= self.max_tokens or self.too_long == "drop":
             return encoded
         for end in range(len(conversation.messages) - 1, 1, -1):  # whole trailing messages go, images with them
             if conversation.messages[end - 1].role != "assistant":
                 continue
-            shorter = self._pieces(self.rendering.render(replace(conversation, messages=conversation.messages[:end])))
+            shorter = self._pieces(self._rendered(replace(conversation, messages=conversation.messages[:end])))
             if shorter.num_tokens <= self.max_tokens:
                 return shorter
         return encoded
+
+    def _sizes(self, image: Image, form: Form) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of a picture as it came, and as boxes count. Raises `Drop` BOXES where the model sees only parts of it."""
+        size = self.image_size(image)
+        if form == "thousandths":
+            return size, (1000, 1000)
+        blocks = [p.block for p in self.rendering.place_image(image, *size) if isinstance(p, Placed)]
+        if len(blocks) != 1 or blocks[0].view:
+            raise Drop("BOXES", "this family shows a picture in parts; write boxes in thousandths")
+        return size, (blocks[0].width, blocks[0].height)
+
+    def _rendered(self, conversation: Conversation) -> list[Piece]:
+        pieces = self.rendering.render(with_boxes(conversation, self._sizes))
+        if self.train_line_feed:
+            for n, (before, piece) in enumerate(itertools.pairwise(pieces), 1):
+                ends = isinstance(before, Template) and before.trained and before.text != ""
+                if ends and isinstance(piece, Template) and piece.text == "\n":
+                    pieces[n] = replace(piece, trained=True)
+        return pieces
+
+    def _in_proportion(self, conversation: Conversation) -> Encoded:
+        """The ends of questions and answers are cut, as LLaMA-Factory does. Raises `Drop` TOO_LONG where that would cut
+        a picture."""
+        tokens = self._tokens(self._rendered(conversation))
+        if len(tokens) < self.max_tokens:
+            return self._encoded([tokens])
+        answers = self._tokens(self._rendered(_answers_trained(conversation))).trained
+        trained = [m.trained for m in conversation.messages if m.role == "assistant"]
+        turns = turns_of(answers)
+        keep = kept(turns, self.max_tokens, newest_first=not any(trained[:-1]) and len(trained) > 1)
+        return self._masked(tokens, mask_of(turns, keep, len(tokens)))
+
+    def _answers_in_proportion(self, branches: Sequence[Conversation | Document]) -> list[Encoded]:
+        """Compared answers cut alike: one turn with all before the answer as its question, as long as the longest
+        answer asks for."""
+        found = [self._tokens(self._rendered(c)) for c in branches if isinstance(c, Conversation)]
+        asked = [int(np.argmax(t.trained)) if t.trained.any() else len(t) for t in found]
+        answer = max(len(t) - n for t, n in zip(found, asked, strict=True))
+        if max(asked) + answer < self.max_tokens:
+            return [self._encoded([t]) for t in found]
+        some, most = shortened(max(asked), answer, self.max_tokens)
+        turns = [(n, len(t) - n) for t, n in zip(found, asked, strict=True)]
+        return [
+            self._masked(t, mask_of([turn], [(some, min(most, turn[1]))], len(t)))
+            for t, turn in zip(found, turns, strict=True)
+        ]
+
+    def _masked(self, tokens: Tokens, mask: np.ndarray) -> Encoded:
+        blocks = blocks_left(mask, tokens.kinds == IMAGE, tokens.blocks)
+        return self._encoded([Tokens(tokens.ids[mask], tokens.trained[mask], tokens.kinds[mask], blocks)])
 
     # -- documents ----------------------------------------------------------------------------------------------
 
@@ -321,6 +390,19 @@ class Encoder:
         else:
             trained = np.repeat([r.trained for r in run], [len(r.text) for r in run])[starts]
         return Tokens(ids, trained, _kinds(len(ids), TEXT), (), np.where(whole, starts, -1))
+
+
+def _answers_trained(conversation: Conversation) -> Conversation:
+    """With every answer trained and nothing else, so that the flags tell where answers are."""
+    messages = [
+        replace(
+            m,
+            train=m.role == "assistant",
+            parts=tuple(replace(p, train=None) if isinstance(p, Text) else p for p in m.parts),
+        )
+        for m in conversation.messages
+    ]
+    return replace(conversation, messages=tuple(messages))
 
 
 def _text_of(unit: Sequence[Piece]) -> str | None:

@@ -40,6 +40,7 @@ SCHEMA = pa.schema(
         ("origin", pa.string()), ("id", pa.string()), ("verdict", pa.string()), ("reason", pa.string()),
         ("detail", pa.string()), ("tokens", pa.int32()), ("supervised", pa.int32()), ("media_tokens", pa.int32()),
         ("patches", pa.int32()), ("images", pa.int32()), ("videos", pa.int32()), ("answers", pa.int32()),
+        ("chosen", pa.int32()),
         ("handles", pa.list_(pa.string())), ("look", pa.int64()), ("digest", pa.int64()), ("id_hash", pa.int64()),
         ("stamp", pa.int64()), ("decoded", pa.bool_()), ("sizes", pa.list_(pa.int32())),
         ("notes", pa.list_(pa.string())),
@@ -48,7 +49,8 @@ SCHEMA = pa.schema(
 """piece, pieces: which piece of how many of its row's document; first ... context: its `Cut`, -1 for a whole sample.
 handles: where its pictures are; look: a hash of them, 0 without; stamp: a hash over size and time of the picture files;
 id_hash: of the row's own id, 0 without; decoded: its pictures were, and not only their headers read; sizes: width,
-height of each picture in turn."""
+height of each picture in turn;
+chosen: of tokens supervised, those of the first branch."""
 
 LEDGER = ("row", "line", "origin", "verdict", "reason", "detail", "tokens", "supervised", "media_tokens", "images")
 

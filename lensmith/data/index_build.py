@@ -116,16 +116,26 @@ class _Scan:
         self.error: DataError | None = None
 
     def __iter__(self) -> Iterator[RowRef]:
-        most = self.loader.spec.files[self.number].max_samples
+        file = self.loader.spec.files[self.number]
         count = 0
         try:
-            for ref in islice(self.loader.rows(self.number).scan(), most):
+            rows = islice(self._refs(file.chosen, file.max_samples), None if file.chosen else file.max_samples)
+            for ref in rows:
                 count += 1
                 yield ref
         except DataError as error:
             if not count:
                 raise
             self.error = error
+
+    def _refs(self, chosen: tuple[int, int] | None, most: int | None) -> Iterator[RowRef]:
+        rows = self.loader.rows(self.number)
+        if chosen is None:
+            return rows.scan()
+        count, seed = chosen
+        every = np.random.RandomState(seed).permutation(sum(1 for _ in rows.scan()))
+        picked = set(every[: min(count, most or count)].tolist())
+        return (ref for ref in rows.scan() if ref.number in picked)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -249,7 +259,16 @@ def _measure_in_worker(number: int, chunk: list[RowRef]) -> pa.RecordBatch:
 
 def measure_chunk(loader: Loader, number: int, refs: Sequence[RowRef]) -> pa.RecordBatch:
     rows = [row for ref in refs for row in measure(loader, number, ref)]
+    if loader.spec.drop_wrong:
+        rows = [
+            {**row, "verdict": "drop"} if row["verdict"] == "fail" and may_drop(row["reason"]) else row for row in rows
+        ]
     return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+
+
+def may_drop(reason: str) -> bool:
+    """Whether a wrong row may be dropped: not one that reaches where the run file did not allow it."""
+    return not reason.startswith(("PATH_", "URL_"))
 
 
 # --- wrong rows -------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from lensmith.data.load import LoaderSpec
 
 pc: Any = pyarrow.compute  # its functions are made at import: no stub knows them
 
-VERSION = 5
+VERSION = 6
 STORED_ROWS = 1 << 14
 """Rows of one batch in a stored index."""
 KNOWN_FILES = 1 << 18
@@ -115,9 +115,11 @@ def _fingerprint(spec: LoaderSpec, number: int, cache: Path) -> str:
         "version": [VERSION, LENSMITH], "family": repr(spec.family), "path": [f.path, f.shown], "base": f.base,
         "tokenizer": [spec.tokenizer_digest, spec.text_tokens], "roots": spec.roots,
         "format": f.format.model_dump() if f.format else None, "limits": spec.limits.model_dump(),
-        "length": [spec.max_tokens, spec.too_long, spec.max_row_bytes], "max_samples": f.max_samples,
+        "length": [spec.max_tokens, spec.too_long, spec.max_row_bytes], "max_samples": [f.max_samples, f.chosen],
         "videos": spec.videos.model_dump(), "dataset": [f.split, f.subset, f.revision],
-        "documents": asdict(spec.documents), "content": [_content(p, cache) for p in spec.open(number).content_files()],
+        "documents": asdict(spec.documents), "line_feed": spec.train_line_feed,
+        "first_resize": repr(spec.first_resize), "drop_wrong": spec.drop_wrong, "compare": spec.compare,
+        "content": [_content(p, cache) for p in spec.open(number).content_files()],
     }  # fmt: skip
     return hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 

@@ -20,10 +20,11 @@ from lensmith.core.encoded import Encoded, ImageBlock, VideoInfo
 from lensmith.core.errors import DataError, Drop
 from lensmith.core.sample import Document, Image, Sample, Text, Video
 from lensmith.data.encode import DocumentRules, Encoder, Placed
-from lensmith.data.formats import Format, detect
+from lensmith.data.formats import Compare, Format, detect, parse_compared
 from lensmith.data.media import ImageLimits, VideoLimits, is_data_url, parse_data_url, read_bytes, resolve_media
 from lensmith.data.media_open import ImageInfo, open_rgb, probe, probe_file
 from lensmith.data.readers import RowFile, RowRef, open_rows
+from lensmith.data.resize import FirstResize
 from lensmith.data.split import Cut
 from lensmith.data.spool import SUFFIX as SPOOL
 from lensmith.data.spool import SpoolRows
@@ -50,6 +51,8 @@ class SourceFile:
     subset: str | None = None
     revision: str | None = None
     """Of a Hugging Face dataset."""
+    chosen: tuple[int, int] | None = None
+    """So many rows, chosen at random by a seed; of these the first `max_samples`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,15 @@ class LoaderSpec:
     """Decode every picture while indexing, to find those that fail only then."""
     decode_timeout: float | None = None
     """Seconds in which a worker must have read a sample."""
+    train_line_feed: bool = False
+    first_resize: FirstResize | None = None
+    """Of pictures, before the family sizes them."""
+    drop_wrong: bool = False
+    """Wrong rows are dropped, except those that reach where they may not."""
+    compare: Compare | None = None
+    """What an objective compares in the rows; None: every answer is to be learnt."""
+    mismatched: bool = False
+    """Read with each sample its prompt with the answer of another one of its step."""
 
     def build(self) -> Loader:
         return Loader(self)
@@ -142,6 +154,8 @@ class Loader:
 
     def parse(self, file: int, row: dict[str, Any], origin: str) -> Sample:
         """A row of a file whose format is settled."""
+        if self.spec.compare is not None:
+            return parse_compared(self._formats[file], row, origin, self.spec.compare)
         return self._formats[file].parse(row, origin)
 
     def use(self, files: tuple[SourceFile, ...]) -> None:
@@ -163,7 +177,7 @@ class Loader:
                 row = rows.read(ref)
             except DataError:  # reported when this row is measured
                 continue
-            self._formats[file] = detect(row, rows.origin(ref))
+            self._formats[file] = detect(row, rows.origin(ref), self.spec.compare)
             return
 
     def encode(self, file: int, sample: Sample, cut: Cut | None = None) -> Encoded:
@@ -198,13 +212,17 @@ class Loader:
             if seen is not None:
                 seen.notes.update(dict.fromkeys(info.notes))
                 seen.sizes[image] = info.width, info.height
-            return info.width, info.height
+            return self._first_size(info.width, info.height)
 
         spec = self.spec
         rules = replace(spec.documents, max_images=spec.limits.max_images)
         return Encoder(
-            spec.family, self.tokenizer, size, spec.max_tokens, spec.too_long, rules, info  # type: ignore[arg-type]
+            spec.family, self.tokenizer, size, spec.max_tokens, spec.too_long, rules, info,  # type: ignore[arg-type]
+            spec.train_line_feed,
         )  # fmt: skip
+
+    def _first_size(self, width: int, height: int) -> tuple[int, int]:
+        return (width, height) if self.spec.first_resize is None else self.spec.first_resize(width, height)
 
     def header(self, file: int, image: Image, origin: str) -> ImageInfo:
         """Size, format and notes from the header of a picture; no pixel is decoded."""
@@ -252,6 +270,8 @@ class Loader:
         decode or no longer has the size of its header."""
         family = self.spec.family
         picture, _ = open_rgb(data, self.spec.limits)
+        if (first := self._first_size(*picture.size)) != picture.size:
+            picture = picture.resize(first)
         placed = [p.block for p in family.place_image(blocks[0].image, *picture.size) if isinstance(p, Placed)]
         if not all(block in placed for block in blocks):
             raise Drop("CHANGED", f"the picture is now {picture.size[0]}x{picture.size[1]}")
@@ -287,7 +307,11 @@ class Loader:
         family, video = self.spec.family, blocks[0].image
         assert isinstance(video, Video)
         wanted = sorted({n for block in blocks for n in block.frames})
-        frames = {n: family.resized(p, blocks[0]) for n, p in self._frames(file, video, wanted, origin)}
+        first = family.video.first
+        frames = {
+            n: family.resized(p if first is None else p.resize(first(*p.size)), blocks[0])
+            for n, p in self._frames(file, video, wanted, origin)
+        }
         return [family.video_patches([frames[n] for n in block.frames], block) for block in blocks]
 
     def _frames(
@@ -334,7 +358,10 @@ def portable(handle: str, bases: Sequence[str]) -> str:
 
 def said_by(sample: Sample) -> bytes:
     """Everything a sample says but its pictures."""
-    return repr(_texts(sample.content)).encode("utf-8", "surrogatepass")
+    said = _texts(sample.content)
+    if sample.preference is not None:
+        said = [said, sample.preference]
+    return repr(said).encode("utf-8", "surrogatepass")
 
 
 def digest_of(said: bytes, handles: Sequence[str], cut: Cut | None = None) -> int:

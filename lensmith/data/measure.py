@@ -119,6 +119,7 @@ class _Whole:
             "supervised": encoded.num_supervised,
             "media_tokens": int((encoded.kind_L == IMAGE).sum()),
             "patches": encoded.num_patches,
+            "chosen": encoded.supervised_of_branches[0] if encoded.preference is not None else 0,
             "images": images,
             "videos": len({id(b.image) for b in encoded.images if b.frames}),
             "answers": encoded.num_answers,

@@ -96,6 +96,10 @@ class VideoLimits(Part):
     """Most pixels of all shown frames of a video together: the more frames, the smaller they are, down to
     `min_pixels`. Left out: the model's own setting; Qwen2-VL and Qwen2.5-VL have none."""
 
+    rule: Literal["model", "llamafactory"] = "model"
+    """`llamafactory`: frames are chosen as LLaMA-Factory does, at most `max_frames` (left out: 128), and each is
+    brought within `min_pixels` and `max_pixels` (left out: 256 and 65,536) before the model's own rule and limits."""
+
     max_seconds: float = Field(default=3600.0, gt=0)
     """Longest video."""
 

@@ -16,8 +16,9 @@ class Source(Part):
     """One source of samples: a file, a folder or a glob, and how its rows read."""
 
     path: str
-    """File (.jsonl, .json, .parquet, .tar), folder, glob or `shard-{000..009}.tar`, relative to the run file; a saved
-    Hugging Face dataset, or `hf://org/name`; or a URL of such files (s3, gs, https, ...)."""
+    """File (.jsonl, .json, .parquet, .tar; a small one also .csv, .tsv, .txt or .arrow), folder, glob or
+    `shard-{000..009}.tar`, relative to the run file; a saved Hugging Face dataset, or `hf://org/name`; or a URL of such
+    files (s3, gs, https, ...)."""
     format: Format | None = None
     """Row layout: `messages`, `sharegpt`, `alpaca`, `document`, `interleaved`, `webdataset`, or a mapping with its
     options. Left out: detected from the first row."""
@@ -29,6 +30,9 @@ class Source(Part):
     """Weight of this source's tokens in the loss."""
     max_samples: int | None = Field(default=None, ge=1)
     """Read only the first so many rows of each file."""
+    num_samples: int | None = Field(default=None, ge=1)
+    """Of each file so many rows, chosen at random by `train.seed`; of these `max_samples` takes the first. A file with
+    fewer rows is read whole."""
     share: float = Field(default=1.0, ge=0)
     """How much of the mixture this source is, against the others' shares (see `data.mixture`)."""
     epochs: float | None = Field(default=None, gt=0)
@@ -117,20 +121,29 @@ class Data(Part):
     """Train the sources as they are read, without an index ahead; needs `train.max_steps`."""
     eval: Sources = ()
     """Held-out sources."""
-    holdout: float = Field(default=0.0, ge=0, lt=1)
+    holdout: float = Field(default=0.0, ge=0)
     """Share of the training pictures whose samples are held out instead (split by picture, never by row; a sample
-    without pictures counts as its own). Used when `eval` is empty."""
+    without pictures counts as its own); from 1 on, about so many samples. Used when `eval` is empty."""
     media_roots: tuple[str, ...] = ()
     """Folders that absolute picture paths may point into. Relative paths stay inside `media_dir` or one of these."""
     max_tokens: int = Field(default=2048, ge=8)
     """Longest sample in tokens, images included."""
-    too_long: Literal["drop", "cut"] = "drop"
+    too_long: Literal["drop", "cut", "llamafactory"] = "drop"
     """`drop`: a longer sample is left out, with its lengths in the ledger. `cut`: whole trailing messages are cut, then
-    as `drop`. An image block is never cut."""
+    as `drop`. `llamafactory`: the ends of questions and answers are cut, turn by turn, as LLaMA-Factory does. An image
+    block is never cut."""
+    train_line_feed: bool = False
+    """Train the line feed behind the end of an answer too, as LLaMA-Factory does."""
+    wrong_rows: Literal["stop", "drop"] = "stop"
+    """What a wrong row does (docs/data.md): end the run before it begins, or be dropped with its reason in the ledger.
+    One that reaches outside the folders of the data always ends the run. Of a stream `stream.wrong` decides."""
     min_pixels: int | None = Field(default=None, ge=1)
     """Pictures below this area are enlarged. Left out: the model's own setting."""
     max_pixels: int | None = Field(default=None, ge=1)
     """Pictures above this area are reduced. Left out: the model's own setting."""
+    resize: Literal["model", "llamafactory"] = "model"
+    """`model`: pictures are sized once, by the model's rule within `min_pixels` and `max_pixels`. `llamafactory`: they
+    are brought within these first (left out: 1,024 and 589,824), then sized by the model's rule and its own limits."""
     image: ImageLimits = ImageLimits()
     """What a picture may be at all."""
     video: VideoLimits = VideoLimits()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import numpy as np
 
 from lensmith.core.encoded import PackedRow
 from lensmith.core.errors import Drop, RunError
-from lensmith.data.collate import Member, load_row
+from lensmith.data.collate import Member, load_compared, load_row
 from lensmith.data.index import Index
 from lensmith.data.load import Loader, LoaderSpec, SourceFile
 from lensmith.data.placement import Limits, place
@@ -30,12 +31,15 @@ class StepRows:
     num_samples: int
     num_tokens: int
     num_supervised: float
-    """Sum of loss weights over the supervised positions of all ranks: what the loss is divided by."""
+    """Sum of loss weights over the supervised positions of all ranks."""
     wait_seconds: float = 0.0
     dropped: list[tuple[int, str, str]] = field(default_factory=list)
     cost: Cost = field(default_factory=lambda: Cost())
     index: Index | None = None
     """What the numbers of its members count in."""
+    counts: dict[str, float] = field(default_factory=dict)
+    """What losses are divided by: sums of loss weights over `tokens` (supervised positions), `samples`, and `chosen`
+    (supervised positions of chosen answers), of the samples that were read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,12 @@ def _work(members: list[Member], known: dict[str, str], files: tuple[SourceFile,
     loader = _worker["loader"]
     if files is not None:
         loader.use(files)
-    return load_row(loader, members, known)
+    return _load(loader, members, known)
+
+
+def _load(loader: Loader, members: list[Member], known: dict[str, str]) -> PackedRow:
+    read = load_compared if loader.spec.mismatched else load_row
+    return read(loader, members, known)
 
 
 def _idle() -> None:
@@ -141,16 +150,22 @@ class Pipeline:
         ranks = place(tokens, patches, costs, clusters, ranks=self.ranks, limits=self.limits)
         each = [[float(costs[list(row)].sum()) for row in rows if row] for rows in ranks]
         cost = Cost(float(costs.sum()), _spread([sum(c) for c in each]), _spread([c for rank in each for c in rank]))
-        return [[self.member(int(m[i])) for i in row] for row in ranks[self.rank]], cost
+        others = np.roll(m, 1).tolist() if self.index.spec.mismatched else [None] * len(m)
+        return [[self.member(int(m[i]), others[i]) for i in row] for row in ranks[self.rank]], cost
 
-    def member(self, number: int) -> Member:
+    def member(self, number: int, other: int | None = None) -> Member:
+        """`other`: the sample whose answer is read behind this one's prompt too; the one before it in the step."""
         source = int(self._sources[number])
         tokens = int(self._tokens[number])
-        return Member(number, self.index.ref(number), float(self._weights[source]), tokens, source)
+        at = None if other is None else (other, self.index.ref(other))
+        return Member(number, self.index.ref(number), float(self._weights[source]), tokens, source, at)
 
     def steps(self, start: int = 0, cursor: int | None = None) -> Iterator[StepRows]:
         """Raises `RunError` DATA_WORKER when a worker process dies, naming the samples it had."""
-        plan = self.plan.steps(start, cursor)
+        return self.steps_of(self.plan.steps(start, cursor))
+
+    def steps_of(self, plan: Iterator[Step]) -> Iterator[StepRows]:
+        """The rows of any steps."""
         if self.workers == 0:
             for step in plan:
                 begin = time.perf_counter()
@@ -276,29 +291,37 @@ class Pipeline:
         if self.loader is None:
             self.loader = self.index.spec.build()
         self.loader.use(self.index.spec.files)
-        return load_row(self.loader, members, known)
+        return _load(self.loader, members, known)
 
-    def reread(self, members: tuple[int, ...]) -> PackedRow:
-        """A row again with all its pixels (its cached features were evicted meanwhile, or an incident is traced)."""
-        return self._read([self.member(n) for n in members], {})
+    def reread(self, members: tuple[int, ...], others: Sequence[int] = ()) -> PackedRow:
+        """A row again with all its pixels (its cached features were evicted meanwhile, or an incident is traced);
+        with `others`, of each member the sample whose answer stands behind its prompt."""
+        return self._read([self.member(n, o) for n, o in zip_longest(members, others)], {})
 
     def _finish(self, step: Step, rows: list[PackedRow], wait: float, cost: Cost) -> StepRows:
         dropped = [d for row in rows for d in row.dropped]
         members = step.members
-        weighted = self.index.column("supervised")[members] * self._weights[self._sources[members]]
-        gone = {d[0] for d in dropped}
-        lost = np.array([n in gone for n in members.tolist()], bool)
+        counts, kept = counts_of(self.index, members, {d[0] for d in dropped})
         return StepRows(
             step=step,
             rows=[r for r in rows if r.num_tokens],
-            num_samples=len(members) - int(lost.sum()),
+            num_samples=kept,
             num_tokens=int(sum(r.num_tokens for r in rows)),
-            num_supervised=float(weighted[~lost].sum(dtype=np.float64)),
+            num_supervised=counts["tokens"],
             wait_seconds=wait,
             dropped=dropped,
             cost=cost,
             index=self.index,
+            counts=counts,
         )
+
+
+def counts_of(index: Index, members: np.ndarray, gone: set[int]) -> tuple[dict[str, float], int]:
+    """What losses over these samples, without those that are `gone`, are divided by; and how many samples are left."""
+    kept = members[[n not in gone for n in members.tolist()]] if gone else members
+    weights = index.source_weights[index.column("source")[kept]]
+    each = {"tokens": index.column("supervised")[kept], "samples": 1.0, "chosen": index.column("chosen")[kept]}
+    return {unit: float((weights * of).sum(dtype=np.float64)) for unit, of in each.items()}, len(kept)
 
 
 def _is_read(found: Future[PackedRow]) -> bool:

@@ -44,14 +44,13 @@ def _text(message: Message) -> str:
 def load_questions(
     loader: Loader, file: int, ref: RowRef, pictures: tuple[int, list[Image]] | None = None
 ) -> list[Question]:
-    """One question per conversation of the sample. `pictures` (source file, images) replaces the sample's own."""
+    """One question per conversation of the sample whose answer is a right one. `pictures` (source file, images)
+    replaces the sample's own."""
     sample = loader.sample(file, ref)
-    if isinstance(sample.content, Document):
-        return []
     shown_file, shown = pictures if pictures is not None else (file, [])
     encoder = loader.encoder(shown_file, sample.origin)
     found: list[Question] = []
-    for conversation in sample.content:
+    for conversation in sample.good():
         parts = None if isinstance(conversation, Document) else split_question(conversation)
         if parts is None:
             continue

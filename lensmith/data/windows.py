@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -267,10 +267,10 @@ class StreamPipeline:
         )  # fmt: skip
         yield from self._now.steps(used)
 
-    def reread(self, members: tuple[int, ...]) -> PackedRow:
+    def reread(self, members: tuple[int, ...], others: Sequence[int] = ()) -> PackedRow:
         """A row of the window in use, with all its pixels."""
         assert self._now is not None
-        return self._now.reread(members)
+        return self._now.reread(members, others)
 
 
 def window_plan(spec: StreamSpec, number: int, index: Index) -> Plan:

@@ -11,7 +11,7 @@ not, the fault was transient. Afterwards the random state is what it was before 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from lensmith.engine.determinism import Snapshot, random_state
 from lensmith.engine.hooks import Seen, Trace, backward_hooks, forward_hooks, is_finite
 from lensmith.engine.optimizer import MasterAdamW
 from lensmith.engine.scale import LossScale
-from lensmith.engine.step import Terms, backward
+from lensmith.engine.step import Terms, backward, mean_of
 from lensmith.parallel.ranks import Ranks
 from lensmith.parallel.shares import local
 
@@ -56,7 +56,7 @@ class Scene:
     refresh: Callable[[Any], Any]
     reread: Callable[[int], Any]
     """A row of one sample alone, by its number."""
-    count: float
+    counts: Mapping[str, float]
     optimizer: MasterAdamW
     part_of: Callable[[str], str]
     random: Snapshot
@@ -65,13 +65,16 @@ class Scene:
     """Where an engine spreads the model over ranks."""
 
     def gradient(self, row: Any) -> torch.Tensor:
-        """Forward and backward of one row on top of the gradients so far; the loss sum."""
-        loss = self.root(row)["loss"][0]
+        """Forward and backward of one row on top of the gradients so far; its part of the loss."""
+        loss = self.loss(row)
         self.backward(loss)
         return loss.detach()
 
+    def loss(self, row: Any) -> torch.Tensor:
+        return mean_of(self.root(row), self.counts)
+
     def backward(self, loss: torch.Tensor) -> None:
-        backward(loss, self.count, self.optimizer, self.scale, last=self.in_step is not None)
+        backward(loss, self.optimizer, self.scale, last=self.in_step is not None)
 
     def any(self, flag: bool) -> bool:
         """Whether a rank says so, where the ranks examine together; else whether this one does."""
@@ -163,7 +166,7 @@ def _rerun(scene: Scene) -> _Fault | None:
         if scene.in_step is not None:  # its gradients are exchanged with each row
             scene.optimizer.zero_grad()
         with forward_hooks(scene.model) as trace:
-            loss = scene.root(row)["loss"][0]
+            loss = scene.loss(row)
         fault = _Fault(number, row, random, before, loss.detach(), trace)
         if not scene.any(fault.shows):
             scene.backward(loss)

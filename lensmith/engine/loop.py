@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FrameType
@@ -36,6 +36,8 @@ class StepInput(Protocol):
     num_tokens: int
     num_supervised: float
     """These three are of all ranks."""
+    counts: Mapping[str, float]
+    """What the terms of the loss are divided by."""
     num_sources: int
     wait_seconds: float
 
@@ -49,6 +51,8 @@ class Callbacks:
     save: Callable[[Progress, dict[str, float] | None], None]
     refresh: Callable[[Any], Any]
     event: Callable[[str, dict[str, Any]], None]
+    ask: Callable[[Sequence[Any]], None] | None = None
+    """What an objective wants to know of the whole step before it is computed, for this rank's rows."""
 
 
 @dataclass
@@ -68,6 +72,8 @@ class Loop:
     guard: Guard = field(default_factory=Guard)
     rescue: Rescue | None = None
     """None: a step that is not finite is left out without a look into it, and nothing can be gone back to."""
+    figures: Sequence[str] = ("loss",)
+    """What the objective says of each source."""
     ranks: Ranks = field(default_factory=Ranks)
     """All of them run this loop, and take every turn of it together: what only one of them knows is asked before."""
 
@@ -154,11 +160,13 @@ class Loop:
         begin = time.perf_counter()
         p, before = self.progress, Snapshot()
         watch = self._watch(data.step.number)
-        if data.num_supervised > 0:
+        if data.counts["loss"] > 0:
+            if self.callbacks.ask is not None:
+                self.callbacks.ask(data.rows)
             result = run_step(
                 self.root,
                 data.rows,
-                data.num_supervised,
+                data.counts,
                 self.optimizer,
                 self.part_of,
                 factor=factor(self.schedule, p.applied, self.total_steps),
@@ -169,6 +177,7 @@ class Loop:
                 ranks=self.ranks,
                 votes=self._votes,
                 num_sources=data.num_sources,
+                figures=self.figures,
                 refresh=self.callbacks.refresh,
             )
         else:
@@ -187,7 +196,7 @@ class Loop:
         if not bad:
             return False
         scene = None if self.rescue is None else Scene(
-            self.root, self.rescue.model, data.rows, self.callbacks.refresh, self.rescue.reread, data.num_supervised,
+            self.root, self.rescue.model, data.rows, self.callbacks.refresh, self.rescue.reread, data.counts,
             self.optimizer, self.part_of, before, scale, self.rescue.in_step,
         )  # fmt: skip
         return self._rescuer.answer(data, result, scene) and not self._is_back()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from lensmith.core.errors import RunError
 from lensmith.engine.determinism import random_state, restore, seed_all
-from lensmith.engine.optimizer import MOMENTS, MasterAdamW
+from lensmith.engine.inner import Shape
+from lensmith.engine.optimizer import MasterAdamW
 from lensmith.engine.progress import Progress
 from lensmith.model.load import read_header
 from lensmith.parallel.ranks import Ranks
@@ -79,11 +80,15 @@ class Saved:
                 name, _, begin = key.rpartition("@") if "@" in key else (key, "", "0")
                 size, begin = math.prod(entry["shape"]), int(begin)
                 self._pieces.setdefault(name, []).append((begin, begin + size, file, key))
-        for pieces in self._pieces.values():
+        self._kinds: dict[str, set[str]] = {}
+        for key, pieces in self._pieces.items():
             pieces.sort()
+            kind, _, name = key.partition("/")
+            self._kinds.setdefault(name, set()).add(kind)
 
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raises `RunError` RESUME where the state is not that of parameters of these shapes, or not whole."""
+    def check(self, shapes: dict[str, Shape], moments: Callable[[str], Mapping[str, Shape]]) -> None:
+        """`moments`: parameter name -> its moments and their shapes. Raises `RunError` RESUME where the state is not
+        that of parameters of these shapes, or not whole."""
         if shapes != self.shapes:
             other = sorted(set(shapes.items()) ^ set(self.shapes.items()))[0]
             raise RunError("RESUME", f"the checkpoint trains other parameters: {other[0]} {other[1]}",
@@ -92,9 +97,8 @@ class Saved:
         missing = {f"param/{name}" for name in shapes} - set(self._pieces)
         for key in [*sorted(missing), *self._pieces]:
             kind, _, name = key.partition("/")
-            size = 1 if kind == "step" else math.prod(self.shapes.get(name, ()))
-            known = kind in ("param", *MOMENTS) and name in self.shapes
-            if not known or not self._covers(key, size):
+            own = {"param": self.shapes[name], **moments(name)} if name in self.shapes else {}
+            if kind not in own or not self._covers(key, math.prod(own[kind])):
                 remedy = "restore this checkpoint, or use a new output folder"
                 raise RunError("RESUME", f"the state {key} belongs to no parameter of this run, or is not whole",
                                where=str(self.folder), remedy=remedy)  # fmt: skip
@@ -109,6 +113,12 @@ class Saved:
 
     def has(self, key: str) -> bool:
         return key in self._pieces
+
+    def has_all(self, name: str, moments: Mapping[str, Shape]) -> bool:
+        """Whether these are the moments that were saved: another optimizer keeps others."""
+        return self._kinds.get(name) == {"param", *moments} and all(
+            self._covers(f"{kind}/{name}", math.prod(shape)) for kind, shape in moments.items()
+        )
 
     def read(self, key: str, start: int, stop: int) -> torch.Tensor | None:
         """Elements `start` to `stop` of a flattened tensor, from as many files as hold them; None where it was not
@@ -140,15 +150,17 @@ class Saved:
             seed_all(int(torch.randint(1 << 62, ())) + ranks.rank)
 
 
+def read_progress(folder: Path) -> Progress:
+    """How far a checkpoint's run is, without its tensors."""
+    return Progress.from_json(json.loads((folder / "progress.json").read_text(encoding="utf-8"))["progress"])
+
+
 def read_state(folder: Path, optimizer: MasterAdamW) -> Progress:
     """Restore parameters, moments and random state, of any number of ranks and any engine. Names and shapes are checked
     before anything is touched."""
     saved = Saved(folder)
-    saved.check(optimizer.shapes())
-    with torch.no_grad():
-        for key, value in optimizer.items():  # moments that began later: as they were before they began
-            if not saved.has(key):
-                value.zero_()
+    saved.check(optimizer.shapes(), optimizer.moments)
+    optimizer.begin_without(saved.has)  # moments that began later: as they were before they began
     optimizer.load_pieces(saved.read)
     saved.random(optimizer.ranks)
     return saved.progress
@@ -161,5 +173,11 @@ def carry_state(folder: Path, optimizer: MasterAdamW, *, moments: bool) -> None:
     for name, shape in optimizer.shapes().items():
         if saved.shapes.get(name, shape) != shape:
             raise RunError("RESUME", f"{name} had another shape in the stage before", where=str(folder))
-    kinds = ("param", *MOMENTS) if moments else ("param",)
-    optimizer.load_pieces(lambda key, a, b: saved.read(key, a, b) if key.partition("/")[0] in kinds else None)
+
+    def read(key: str, start: int, stop: int) -> torch.Tensor | None:
+        kind, _, name = key.partition("/")
+        if kind == "param":
+            return saved.read(key, start, stop)
+        return saved.read(key, start, stop) if moments and saved.has_all(name, optimizer.moments(name)) else None
+
+    optimizer.load_pieces(read)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -19,10 +19,9 @@ from lensmith.engine.guard import Mine, agree
 from lensmith.engine.optimizer import MasterAdamW
 from lensmith.engine.scale import LossScale
 from lensmith.engine.spikes import Spike
-from lensmith.objective.by_source import BySource
+from lensmith.objective.base import Terms
+from lensmith.objective.by_source import BySource, Pairs, of_figures
 from lensmith.parallel.ranks import Ranks
-
-Terms = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class StepResult:
     overflow: bool = False
     disagree: bool = False
     """The ranks had different gradient norms."""
-    by_source: tuple[tuple[float, float], ...] = ()
-    """Of each source: sum of the losses (unweighted) and number of supervised positions."""
+    by_source: Mapping[str, Pairs] = field(default_factory=dict[str, Pairs])
+    """Of each figure of the objective and each source: sum (unweighted) and count. `loss` is one of them."""
     row_seconds: tuple[float, ...] = ()
     """Seconds of each of this rank's micro-batches, forward and backward."""
     rank_seconds: tuple[float, ...] = ()
@@ -71,7 +70,7 @@ def _spread(seconds: Sequence[float]) -> float:
 def run_step(
     root: Callable[[Any], Terms],
     rows: Sequence[Any],
-    count: float,
+    counts: Mapping[str, float],
     optimizer: MasterAdamW,
     part_of: Callable[[str], str],
     *,
@@ -83,26 +82,28 @@ def run_step(
     ranks: Ranks | None = None,
     votes: Callable[[], Sequence[float]] | None = None,
     num_sources: int = 0,
+    figures: Sequence[str] = ("loss",),
     refresh: Callable[[Any], Any] | None = None,
 ) -> StepResult:
-    """`count` is the sum of weights over the supervised positions of the whole step, known before the forward pass:
-    each micro-batch's loss sum is divided by it, so the gradient is that of the token-weighted mean however the
-    samples are packed. `rows` are those of this rank; `refresh` completes a row just before its own forward pass.
+    """`counts` is what each term of the loss is divided by (for next-token prediction the sum of weights over the
+    supervised positions), over the whole step and known before the forward pass: so the gradient is that of the
+    weighted mean however the samples are packed. `rows` are those of this rank; `refresh` completes a row just before
+    its own forward pass.
 
     `look` judges the finite (loss, gradient norm) before the update; with `clip_spikes` its limit clips too. `votes`:
-    asked behind the backward passes; every rank gets the largest answers. `num_sources`: how many have figures at
-    least; all ranks must say the same.
+    asked behind the backward passes; every rank gets the largest answers. `num_sources`: how many have `figures`
+    at least; all ranks must say the same.
     """
     ranks = ranks or Ranks()
     optimizer.zero_grad()
     loss: torch.Tensor | None = None
-    sources, ends = BySource(), [time.perf_counter()]
+    sources, ends = BySource(len(figures)), [time.perf_counter()]
     for number, row in enumerate(rows, 1):
         terms = root(row if refresh is None else refresh(row))
-        loss_sum, _ = terms["loss"]
+        mean = mean_of(terms, counts)
         sources.add(terms)
-        backward(loss_sum, count, optimizer, scale, last=number == len(rows))
-        part = loss_sum.detach().double() / count
+        backward(mean, optimizer, scale, last=number == len(rows))
+        part = mean.detach().double()
         loss = part if loss is None else loss + part
         ends.append(time.perf_counter())
     if loss is None:  # fewer samples than ranks
@@ -135,16 +136,21 @@ def run_step(
     seconds = tuple(b - a for a, b in pairwise(ends))
     return StepResult(
         found.loss, norm, found.parts, flags.good, rates, overflow=overflow, disagree=flags.disagree,
-        by_source=found.sources, row_seconds=seconds, rank_seconds=found.seconds, votes=found.votes, spike=spike,
+        by_source=dict(zip(figures, of_figures(found.sources, len(figures)), strict=True)),
+        row_seconds=seconds, rank_seconds=found.seconds, votes=found.votes, spike=spike,
         clipped_to=clipped_to,
     )  # fmt: skip
 
 
-def backward(
-    loss_sum: torch.Tensor, count: float, optimizer: MasterAdamW, scale: LossScale | None, *, last: bool = False
-) -> None:
+def mean_of(terms: Terms, counts: Mapping[str, float]) -> torch.Tensor:
+    """A micro-batch's part of the loss: each term by what it counts in the whole step. A term of which nothing counts
+    is left out."""
+    parts = [terms[name][0] / count for name, count in counts.items() if count and name in terms]
+    return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
+
+
+def backward(mean: torch.Tensor, optimizer: MasterAdamW, scale: LossScale | None, *, last: bool = False) -> None:
     """Add the gradient of a micro-batch."""
-    mean = loss_sum / count
     optimizer.backward(mean if scale is None else mean * scale.value, last=last)
 
 

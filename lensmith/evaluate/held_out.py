@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from lensmith.core.encoded import PackedRow
@@ -20,35 +22,53 @@ from lensmith.evaluate.generate import greedy
 from lensmith.evaluate.metrics import by_group, commonest_answers, exact_match
 from lensmith.evaluate.options import Generate
 from lensmith.model.root import Root
-from lensmith.objective.by_source import BySource
+from lensmith.objective.by_source import BySource, Pairs, of_figures
 
 Progress = Callable[[int, int], None]
+Complete = Callable[[Sequence[PackedRow], Pipeline], None]
 
 
 @torch.no_grad()
 def mean_loss(
-    root: Root, pipeline: Pipeline, dropped: dict[str, str], progress: Progress | None = None
+    root: Root,
+    pipeline: Pipeline,
+    dropped: dict[str, str],
+    progress: Progress | None = None,
+    complete: Complete | None = None,
 ) -> dict[str, float]:
-    """`loss`: the loss sum over supervised tokens of the whole held-out set, divided once; `loss/NAME` of each source
-    where there are several, unweighted. Samples whose pictures do not decode go into `dropped` (origin -> reason)."""
-    total, count = torch.zeros((), dtype=torch.float64), 0.0
-    done, sources = 0, BySource()
+    """`loss`: each of the objective's terms over the whole held-out set, divided once, and their sum; the objective's
+    other figures; `loss/NAME` of each source where there are several, unweighted. Samples whose pictures do not decode
+    go into `dropped` (origin -> reason). `complete` is given the rows of a step before they are computed."""
+    names: tuple[str, ...] = root.objective.figures
+    totals = {name: np.zeros(2) for name in root.objective.units}
+    done, sources = 0, BySource(len(names))
     for step in pipeline.steps():
-        for row in step.rows:
-            terms = root(row if root.ready(row) else pipeline.reread(row.members))
-            loss, weight = terms["loss"]
-            total += loss.double().cpu()
-            count += float(weight)
+        rows = [row if root.ready(row) else pipeline.reread(row.members) for row in step.rows]
+        if complete is not None:
+            complete(rows, pipeline)
+        for row in rows:
+            terms = root(row)
+            for name in totals:
+                totals[name] += [float(x) for x in terms[name]]
             sources.add(terms)
         for number, reason, detail in step.dropped:
             dropped[pipeline.index.origin(number)] = f"{reason} {detail}"
         done += step.num_samples + len(step.dropped)
         if progress is not None:
             progress(done, pipeline.plan.num_samples)
-    found = {"loss": float(total / count) if count else float("nan")}
-    names = pipeline.index.sources
-    each = dict(zip(names, sources.sums(), strict=False)) if len(names) > 1 else {}
+    parts = [total / count if count else math.nan for total, count in totals.values()]
+    figures = dict(zip(names, of_figures(sources.sums(), len(names)), strict=True))
+    found = {"loss": float(sum(parts))} | {
+        name: mean for name in names[1:] if (mean := _mean(figures[name])) is not None
+    }
+    each = dict(zip(pipeline.index.sources, figures["loss"], strict=False)) if len(pipeline.index.sources) > 1 else {}
     return found | {f"loss/{name}": loss / n for name, (loss, n) in each.items() if n}
+
+
+def _mean(pairs: Pairs) -> float | None:
+    """Over all sources; None where nothing was counted."""
+    count = sum(n for _, n in pairs)
+    return sum(s for s, _ in pairs) / count if count else None
 
 
 @dataclass(frozen=True)
@@ -159,10 +179,8 @@ def _pairs(index: Index) -> Iterable[tuple[str, str]]:
 
 
 def question_pairs(sample: Sample) -> list[tuple[str, str]]:
-    """(last user text, answer) of each conversation."""
-    if isinstance(sample.content, Document):
-        return []
-    found = [split_question(c) for c in sample.content if not isinstance(c, Document)]
+    """(last user text, answer) of each conversation whose answer is a right one."""
+    found = [split_question(c) for c in sample.good() if not isinstance(c, Document)]
     return [(f[1], f[2]) for f in found if f is not None]
 
 

@@ -80,7 +80,7 @@ def check(root: Any, row: Any, plan: PrecisionPlan, where: Where) -> None:
         root.cache = cache
         for handle in handles:
             handle.remove()
-        for p in root.model.parameters():
+        for p in root.parameters():
             p.grad = None
 
 

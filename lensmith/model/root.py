@@ -7,9 +7,11 @@ with the vocabulary axis over all positions is ever kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -42,10 +44,15 @@ class VisionLanguage(Protocol):
     def part_of(self, name: str) -> str: ...
 
 
-class TokenObjective(Protocol):
-    def terms(
-        self, logits_SV: torch.Tensor, target_S: torch.Tensor, weight_S: torch.Tensor, by_source: Any = None
-    ) -> Terms: ...
+class Objective(Protocol):
+    """What the root needs of an objective (see lensmith/objective/base.py)."""
+
+    @property
+    def units(self) -> Mapping[str, str]: ...
+    @property
+    def figures(self) -> tuple[str, ...]: ...
+    def at(self, logits_SV: torch.Tensor, target_S: torch.Tensor) -> torch.Tensor: ...
+    def terms(self, at_SK: torch.Tensor, row: PackedRow) -> Terms: ...
 
 
 VisionMode = Literal["trained", "projector", "frozen"]
@@ -69,14 +76,16 @@ class Root(nn.Module):
         self,
         model: nn.Module,
         family: VisionLanguage,
-        objective: TokenObjective,
+        objective: Objective,
         *,
         autocast: Autocast,
         cache: VisionCache | None = None,
+        value_head: nn.Module | None = None,
         chunk_values: int = CHUNK_VALUES,
     ):
         super().__init__()
         self.model = model
+        self.value_head = value_head
         self.family = family
         self.objective = objective
         self.autocast = autocast
@@ -88,6 +97,8 @@ class Root(nn.Module):
         self.alone = True
         """Whether a picture that enters the cache is encoded by itself. The last bits of a matrix product depend on how
         many rows it has, so what is kept must not depend on what stood beside it."""
+        self.reference: Callable[[PackedRow], None] | None = None
+        """Tells a row what the reference says of its answers, where that is asked in each step."""
 
     @property
     def device(self) -> torch.device:
@@ -105,28 +116,39 @@ class Root(nn.Module):
         self.cache.learn(row.meta.get("handles", {}))
         return held
 
-    def forward(self, row: PackedRow) -> Terms:
-        device = self.device
+    def forward(self, row: PackedRow, *, figures_only: bool = False) -> Terms:
+        """The objective's terms; with `figures_only` what it asks of each supervised position, as `at` [S, K]."""
         with self.autocast():
-            features_NH = self.features(row)
-            plan = AttentionPlan(row.segments, row.num_tokens, causal=True)
-            out = self.family.hidden(
-                self.model,
-                torch.from_numpy(row.ids_T)[None].to(device, torch.long),
-                features_NH,
-                torch.from_numpy(row.kind_T == IMAGE)[None].to(device),
-                torch.from_numpy(row.position_ids_3T)[:, None].to(device, torch.long),
-                attention_mask=None,
-                use_cache=False,
-                attention_plans={None: plan},
-            )
-            at = torch.from_numpy(row.supervised_S).to(device, torch.long)
-            hidden_SH = out.last_hidden_state[0].index_select(0, at)
-            target = torch.from_numpy(row.target_S).to(device, torch.long)
-            source = torch.from_numpy(row.source_S).to(device, torch.long)
-            num_sources = int(row.source_S.max(initial=-1)) + 1
-            weight, most = torch.from_numpy(row.weight_S).to(device), int(row.meta.get(MOST_POSITIONS, 0))
-            return self._head(hidden_SH, target, weight, source, num_sources, most)
+            if self.reference is not None and not figures_only:
+                self.reference(row)
+            at_SK = self.figures(row, self.model, self.features(row))
+            if figures_only:
+                return {"at": (at_SK, at_SK.new_zeros(()))}
+            return self.objective.terms(at_SK, row)
+
+    def figures(self, row: PackedRow, model: nn.Module, features_NH: torch.Tensor | None) -> torch.Tensor:
+        """What the objective asks of each supervised position [S, K], under `model`; with a value head the value of
+        each answer [B, 1]."""
+        device = self.device
+        plan = AttentionPlan(row.segments, row.num_tokens, causal=True)
+        out = self.family.hidden(
+            model,
+            torch.from_numpy(row.ids_T)[None].to(device, torch.long),
+            features_NH,
+            torch.from_numpy(row.kind_T == IMAGE)[None].to(device),
+            torch.from_numpy(row.position_ids_3T)[:, None].to(device, torch.long),
+            attention_mask=None,
+            use_cache=False,
+            attention_plans={None: plan},
+        )
+        if self.value_head is not None:
+            last = np.array([row.num_tokens - 1]) if row.compared is None else row.compared.last_B
+            hidden_TH: torch.Tensor = out.last_hidden_state[0]
+            return self.value_head(hidden_TH[torch.from_numpy(last).to(device, torch.long)])[:, None]
+        at = torch.from_numpy(row.supervised_S).to(device, torch.long)
+        hidden_SH = out.last_hidden_state[0].index_select(0, at)
+        target_S = torch.from_numpy(row.target_S).to(device, torch.long)
+        return self._head(model, hidden_SH, target_S, int(row.meta.get(MOST_POSITIONS, 0)))
 
     @torch.no_grad()
     def warm(self, row: PackedRow) -> None:
@@ -134,22 +156,25 @@ class Root(nn.Module):
         self.alone = False
         with self.autocast():
             if len(row.image_keys):
-                self._cached(row)
+                self._cached(row, self.model)
         self.alone = True
 
-    def features(self, row: PackedRow) -> torch.Tensor | None:
-        """Image features of every placed image in token order [N, H * levels]; each distinct picture computed once."""
+    def features(self, row: PackedRow, model: nn.Module | None = None) -> torch.Tensor | None:
+        """Image features of every placed image in token order [N, H * levels]; each distinct picture computed once.
+
+        `model`: another one with the same frozen parts, whose other parts are to be used.
+        """
         if not len(row.image_keys):
             return None
-        found = self._cached(row)
+        found = self._cached(row, model or self.model)
         if self.vision_mode == "projector":
-            found = self.family.project(self.model, found, row.image_views)
+            found = self.family.project(model or self.model, found, row.image_views)
         return torch.cat([found[i] for i in row.image_of_block.tolist()])
 
-    def _cached(self, row: PackedRow) -> list[torch.Tensor]:
+    def _cached(self, row: PackedRow, model: nn.Module) -> list[torch.Tensor]:
         grids = [tuple(g) for g in row.image_grids_I3.tolist()]
         if self.vision_mode == "trained":
-            return self.family.encode_images(self.model, torch.from_numpy(row.pixels_PD), grids, row.image_views)
+            return self.family.encode_images(model, torch.from_numpy(row.pixels_PD), grids, row.image_views)
         found: dict[int, torch.Tensor] = {}
         keys = [feature_key(k, g) for k, g in zip(row.image_keys, grids, strict=True)]
         if self.cache is not None:
@@ -174,26 +199,20 @@ class Root(nn.Module):
         run = self.family.encode_images if self.vision_mode == "frozen" else self.family.tower_only
         return run(self.model, pixels_PD, grids, views)
 
-    def _head(
-        self, hidden_SH: Any, target_S: Any, weight_S: Any, source_S: Any, num_sources: int, most: int = 0
-    ) -> Terms:
+    def _head(self, model: Any, hidden_SH: torch.Tensor, target_S: torch.Tensor, most: int) -> torch.Tensor:
         """`most`: positions in another rank's row; this one calls the head as often as for so many."""
-        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        head = model.get_output_embeddings()
 
-        def terms(hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, source: torch.Tensor) -> Terms:
-            return self.objective.terms(head(hidden), target, weight, (source, num_sources))
+        def at(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return self.objective.at(head(hidden), target)
 
         rows = max(1, self.chunk_values // self.vocabulary)
         chunks = -(-max(most, hidden_SH.shape[0]) // rows)
         if chunks <= 1:
-            return terms(hidden_SH, target_S, weight_S, source_S)
-        total: Terms = {}
+            return at(hidden_SH, target_S)
         cuts = tuple(range(rows, chunks * rows, rows))
-        each = (x.tensor_split(cuts) for x in (hidden_SH, target_S, weight_S, source_S))
-        for chunk in zip(*each, strict=True):
-            part: Terms = checkpoint(terms, *chunk, use_reentrant=False)  # type: ignore[assignment]
-            total = {k: (total[k][0] + s, total[k][1] + c) if k in total else (s, c) for k, (s, c) in part.items()}
-        return total
+        each = zip(hidden_SH.tensor_split(cuts), target_S.tensor_split(cuts), strict=True)
+        return torch.cat([checkpoint(at, *chunk, use_reentrant=False) for chunk in each])  # type: ignore[misc]
 
 
 def vision_mode(model: nn.Module, family: VisionLanguage) -> VisionMode:

@@ -13,7 +13,7 @@ from lensmith.checkpoint.store import write_atomically
 from lensmith.core.errors import Drop
 from lensmith.data.pipeline import Pipeline
 from lensmith.data.plan import Plan
-from lensmith.evaluate.held_out import Answered, Answers, mean_loss
+from lensmith.evaluate.held_out import Answered, Answers, Complete, mean_loss
 from lensmith.recipe.build import Built
 from lensmith.recipe.prepare import Prepared
 from lensmith.report.terminal import Terminal
@@ -21,10 +21,17 @@ from lensmith.report.terminal import Terminal
 When = Literal["before", "during", "after"]
 
 
+def held_plan(num_samples: int, most: int | None = None) -> Plan:
+    """The steps in which the held-out loss is computed: one pass, or the beginning of it."""
+    share = 1.0 if most is None else min(1.0, most / num_samples)
+    return Plan(num_samples, seed=0, samples=min(num_samples, 64), partial="carry", epochs=share)
+
+
 class HeldOut:
-    def __init__(self, prepared: Prepared, built: Built, output: Path, terminal: Terminal, *, is_main: bool = True):
-        """`is_main`: whether this rank writes."""
-        self.is_main = is_main
+    def __init__(self, prepared: Prepared, built: Built, output: Path, terminal: Terminal, *, is_main: bool = True,
+                 complete: Complete | None = None):  # fmt: skip
+        """`is_main`: whether this rank writes. `complete`: tells the rows of a step what the objective asks."""
+        self.is_main, self.complete = is_main, complete
         assert prepared.held is not None
         self.prepared, self.built, self.output, self.terminal = prepared, built, output, terminal
         self.held = prepared.held
@@ -78,10 +85,12 @@ class HeldOut:
     def _loss(self, when: When) -> dict[str, float]:
         n = len(self.held.trainable)
         most = self.answers.rule.during if self.answers is not None and when == "during" else None
-        plan = Plan(n, seed=0, samples=min(n, 64), partial="carry", epochs=min(1.0, (most or n) / n))
+        plan = held_plan(n, most or n)
         pipeline = Pipeline(self.held, plan, self.prepared.limits)
         with self.terminal.progress(f"Held-out loss, {when}", math.ceil(n * (plan.epochs or 1))) as bar:
-            return mean_loss(self.built.root, pipeline, self._unread, lambda done, _: bar.advance(done - bar.done))
+            return mean_loss(
+                self.built.root, pipeline, self._unread, lambda done, _: bar.advance(done - bar.done), self.complete
+            )
 
     def _run(self, samples: Sequence[int], title: str, *, swapped: bool = False) -> list[Answered]:
         assert self.answers is not None

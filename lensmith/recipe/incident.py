@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from lensmith.checkpoint.store import sync_folder
-from lensmith.core.encoded import PackedRow, Segment
+from lensmith.core.encoded import Compared, PackedRow, Segment
 from lensmith.core.version import VERSION
 from lensmith.engine.options import Guard
 from lensmith.engine.rescue import ADVICE, Incident
@@ -181,7 +181,7 @@ def _batch(folder: Path, incident: Incident, about: About, room: _Room) -> dict[
     save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, folder / "row.safetensors")
     random, text = finding.random
     save_file(random, folder / "random.safetensors")
-    return {"row": rest, "alone": alone, "count": scene.count, "random": json.loads(text)}
+    return {"row": rest, "alone": alone, "counts": dict(scene.counts), "random": json.loads(text)}
 
 
 def _features(root: Root, row: PackedRow) -> Tensors:
@@ -255,14 +255,23 @@ def dump_row(row: PackedRow) -> tuple[Tensors, dict[str, Any]]:
             tensors[field.name] = torch.from_numpy(np.ascontiguousarray(value))
         elif field.name == "segments":
             rest["segments"] = [[s.start, s.length, s.prefix_start, s.prefix_length] for s in value]
-        elif field.name != "meta":
+        elif field.name == "compared" and value is not None:
+            arrays = {f.name: v for f in fields(Compared) if isinstance(v := getattr(value, f.name), np.ndarray)}
+            tensors |= {f"compared.{k}": torch.from_numpy(v) for k, v in arrays.items()}
+            rest["compared"] = {"statistic": value.statistic}
+        elif field.name not in ("meta", "compared"):
             rest[field.name] = value
     return tensors, rest
 
 
 def load_row(tensors: Tensors, rest: dict[str, Any]) -> PackedRow:
-    values: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    values: dict[str, Any] = {name: array for name, array in arrays.items() if not name.startswith("compared.")}
     for name, value in rest.items():
+        if name == "compared":
+            own = {k.removeprefix("compared."): v for k, v in arrays.items() if k.startswith("compared.")}
+            values[name] = Compared(**own, **value)
+            continue
         if name == "segments":
             values[name] = tuple(Segment(*s) for s in value)
         elif name == "image_keys":

@@ -145,7 +145,7 @@ def _examine(folder: Path, about: dict[str, Any], built: Any) -> Any:
     scale = None if about["loss_scale"] is None else LossScale(about["loss_scale"])
     empty = replace(whole, members=())
     return examine(Scene(
-        root, root.model, [whole, *others], lambda r: r, lambda sample: alone.get(sample, empty), batch["count"],
+        root, root.model, [whole, *others], lambda r: r, lambda sample: alone.get(sample, empty), batch["counts"],
         built.optimizer, built.part_of, Snapshot(), scale,
     ))  # fmt: skip
 

@@ -56,8 +56,8 @@ class StageRescue:
     def callbacks(self, feed: Feed) -> Rescue:
         stage = self.stage
         return Rescue(
-            stage.built.root.model, lambda sample: stage.pipeline.reread((sample,)), self.record, self.keep,
-            self.roll_back, None if stage.stream is not None else lambda progress: feed.restart(),
+            stage.built.root.model, lambda sample: stage.complete(stage.pipeline.reread((sample,))), self.record,
+            self.keep, self.roll_back, None if stage.stream is not None else lambda progress: feed.restart(),
             None if stage.evened is None else InStep(stage.ranks, stage.evened.one),
             lambda: stage.session.dog.phase("examine a step"),
         )  # fmt: skip

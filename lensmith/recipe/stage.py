@@ -6,7 +6,7 @@ import gc
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,6 +29,7 @@ from lensmith.model.root import Root
 from lensmith.model.vision_cache import VisionCache
 from lensmith.recipe import folder as run_folder
 from lensmith.recipe.build import Built, build, data_workers
+from lensmith.recipe.comparing import Comparing, begin_comparing
 from lensmith.recipe.held_out import HeldOut, When
 from lensmith.recipe.identity import check_identity, identity
 from lensmith.recipe.prepare import Prepared, require_steps
@@ -60,6 +61,12 @@ class Start:
     """A model folder inside the run folder."""
     resume: Published | None = None
     border: Published | None = None
+
+
+def _mean(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Of sums and counts; None where nothing was counted."""
+    count = sum(n for _, n in pairs)
+    return sum(total for total, _ in pairs) / count if count else None
 
 
 def warm_pays(prepared: Prepared, mode: str, cache: VisionCache) -> bool:
@@ -100,7 +107,8 @@ class StageRun:
         """What ended the stream."""
         self.fill: list[float] = []
         self.held: HeldOut | None = None
-        self.is_built = False
+        self.comparing: Comparing | None = None
+        self.is_built = self.is_warm = False
         self.rescue = StageRescue(self)
 
     # -- the beginning ------------------------------------------------------------------------------------------
@@ -114,6 +122,12 @@ class StageRun:
         with self.terminal.progress(f"Loading {self.prepared.model_folder.name}", None, counted=False):
             self.built = self.ranks.together("load the model", self._build)
         self.is_built = True
+        cache, mode = self.built.root.cache, self.built.root.vision_mode
+        alone = self.stream is None and not self.ranks.several
+        self.warmed = alone and cache is not None and warm_pays(self.prepared, mode, cache)
+        if resume is not None:  # what paid at the start decides: a longer run must go on with the same bits
+            self.warmed = self.warmed and bool(resume.manifest.get("warmed", True))
+        self.comparing = begin_comparing(self)
         self.saving = Saving(self)
         self.progress = read_state(resume.folder / "state", self.built.optimizer) if resume else Progress()
         if resume is not None:
@@ -123,11 +137,6 @@ class StageRun:
         if self.built.precision.loss_scale and self.progress.scale is None:
             self.progress.scale = LossScale()
         self.total = self._num_steps()
-        cache, mode = self.built.root.cache, self.built.root.vision_mode
-        alone = self.stream is None and not self.ranks.several
-        self.warmed = alone and cache is not None and warm_pays(self.prepared, mode, cache)
-        if resume is not None:  # what paid at the start decides: a longer run must go on with the same bits
-            self.warmed = self.warmed and bool(resume.manifest.get("warmed", True))
 
     def _build(self) -> Built:
         def check(root: Root, plan: PrecisionPlan) -> None:
@@ -185,13 +194,16 @@ class StageRun:
         self.held = None
         if self.prepared.held:
             main = self.ranks.is_main
-            self.held = HeldOut(self.prepared, self.built, self.output, self.terminal, is_main=main)
+            self.held = HeldOut(
+                self.prepared, self.built, self.output, self.terminal, is_main=main,
+                complete=None if self.comparing is None else self.comparing.complete_held,
+            )  # fmt: skip
         self.clock.lap("startup")
         dry_run = self.session.dry_run
         feed = Feed(self._steps, progress, progress.step + 1 if dry_run else self.total)
         if self.total > progress.step or (self.held is not None and "after" not in self.heldout):
             with self.session.dog.phase("encode pictures"):
-                self._warm()
+                self.warm(self.pipeline)
         # figures that are known already are of an attempt that ended before this stage's first checkpoint
         before = self.held is not None and run.evaluate.before and "before" not in self.heldout
         if self.held is not None and progress.step == 0 and before and not dry_run:
@@ -201,7 +213,11 @@ class StageRun:
             root=self.built.forward, optimizer=self.built.optimizer, schedule=run.schedule, part_of=self.built.part_of,
             train=run.train, saving=run.save, total_steps=self.total, first_step=self.start.first_step,
             evaluate_every=run.evaluate.every_steps if self.held else None,
-            callbacks=Callbacks(self._log, self._evaluate, self._save, self._refresh, self._event),
+            callbacks=Callbacks(
+                self._log, self._evaluate, self._save, self._refresh, self._event,
+                None if self.comparing is None else self.comparing.ask,
+            ),
+            figures=self.built.root.objective.figures,
             progress=progress, guard=run.guard, rescue=self.rescue.callbacks(feed), ranks=self.ranks,
         )  # fmt: skip
         remaining = self.total - progress.step
@@ -233,7 +249,7 @@ class StageRun:
             self.terminal.warning(f"the stream ended after step {done} of {self.total}")
 
     def _steps(self) -> Iterator[SharedStep]:
-        steps = shared_steps(self._read_steps(), self.ranks)
+        steps = shared_steps(self._read_steps(), self.ranks, self.built.root.objective.units)
         return steps if self.evened is None else self.evened(steps)
 
     @cached_property
@@ -286,13 +302,16 @@ class StageRun:
         """The step over all stages."""
         return self.start.first_step + p.step
 
-    def _warm(self) -> None:
+    def warm(self, pipeline: Any) -> None:
         """Encode every picture once ahead, when the tower is frozen, all features fit the cache and all are used."""
         root, train = self.built.root, self.prepared.train
-        if self.session.dry_run or not self.warmed or root.cache is None or not isinstance(self.pipeline, Pipeline):
+        if self.session.dry_run or not self.warmed or root.cache is None or not isinstance(pipeline, Pipeline):
             return
+        if self.is_warm:
+            return
+        self.is_warm = True
         with self.terminal.progress("Encoding pictures once", len(train.trainable)) as bar:
-            for done, row in self.pipeline.pictures(WARM_PATCHES):
+            for done, row in pipeline.pictures(WARM_PATCHES):
                 root.warm(row)
                 root.cache.learn(row.meta["handles"])
                 bar.advance(done - bar.done)
@@ -307,7 +326,11 @@ class StageRun:
         if cache is not None and cache.trouble is not None:
             self.terminal.warning(cache.trouble)
             cache.trouble = None
-        return row
+        return self.complete(row)
+
+    def complete(self, row: Any) -> Any:
+        """A row that knows what the objective asks beside it."""
+        return row if self.comparing is None else self.comparing.complete(row)
 
     def _log(self, p: Progress, data: Any, result: StepResult, seconds: float) -> None:
         self.session.dog.beat(self.at(p), "train")
@@ -332,6 +355,8 @@ class StageRun:
             "step_seconds": seconds, "data_wait_seconds": data.wait_seconds, "rss_bytes": peak_rss_bytes(),
         }  # fmt: skip
         record |= result.watched
+        if others := {name: _mean(pairs) for name, pairs in result.by_source.items() if name != "loss"}:
+            record["objective"] = others
         if p.scale is not None:
             record["loss_scale"] = p.scale.value
         if torch.cuda.is_available():
@@ -366,14 +391,14 @@ class StageRun:
         train = data.index
         gone = {number for number, _, _ in data.dropped}
         members = np.array([m for m in data.step.members.tolist() if m not in gone], np.int64)
-        sources, tokens = train.column("source")[members], train.column("tokens")[members]
+        sources, tokens, supervised = (train.column(name)[members] for name in ("source", "tokens", "supervised"))
         found: dict[str, dict[str, Any]] = {}
         for number in np.unique(sources).tolist():
-            loss, count = result.by_source[number] if number < len(result.by_source) else (0.0, 0.0)
             mine = sources == number
             found[train.sources[number]] = {
-                "samples": int(mine.sum()), "tokens": int(tokens[mine].sum()), "supervised": int(count),
-                "loss": loss / count if count else None,
+                "samples": int(mine.sum()), "tokens": int(tokens[mine].sum()),
+                "supervised": int(supervised[mine].sum()),
+                **{name: _mean(pairs[number : number + 1]) for name, pairs in result.by_source.items()},
             }  # fmt: skip
         return found
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from lensmith.core.encoded import PackedRow
 from lensmith.data.index import Index
-from lensmith.data.pipeline import Cost, StepRows
+from lensmith.data.pipeline import Cost, StepRows, counts_of
 from lensmith.data.plan import Step
 from lensmith.parallel.ranks import Ranks, attempt
 
@@ -25,7 +23,9 @@ class SharedStep:
     num_samples: int
     num_tokens: int
     num_supervised: float
-    """Sum of loss weights over the supervised positions: what the loss is divided by."""
+    """Sum of loss weights over the supervised positions."""
+    counts: dict[str, float]
+    """What the terms of the loss are divided by."""
     num_sources: int
     positions: int
     """Supervised positions."""
@@ -44,8 +44,11 @@ class SharedStep:
     index: Index | None = None
 
 
-def shared_steps(steps: Iterator[StepRows], ranks: Ranks) -> Iterator[SharedStep]:
-    """Each step once all ranks have read it. A rank that fails makes all of them fail, with its error."""
+def shared_steps(steps: Iterator[StepRows], ranks: Ranks, units: Mapping[str, str]) -> Iterator[SharedStep]:
+    """Each step once all ranks have read it. A rank that fails makes all of them fail, with its error.
+
+    `units`: of each term of the loss, what it is divided by (see `StepRows.counts`).
+    """
     with closing(steps):  # type: ignore[type-var]
         while True:
             data, error = attempt(lambda: next(steps, None))
@@ -54,7 +57,7 @@ def shared_steps(steps: Iterator[StepRows], ranks: Ranks) -> Iterator[SharedStep
                 ranks.all_well(error, "read the next step")
             if data is None:
                 return
-            yield _shared(data, said, ranks)
+            yield _shared(data, said, ranks, units)
 
 
 def _figures(data: StepRows | None, error: Exception | None) -> list[float]:
@@ -69,27 +72,20 @@ def _figures(data: StepRows | None, error: Exception | None) -> list[float]:
     ]  # fmt: skip
 
 
-def _shared(data: StepRows, said: list[list[float]], ranks: Ranks) -> SharedStep:
+def _shared(data: StepRows, said: list[list[float]], ranks: Ranks, units: Mapping[str, str]) -> SharedStep:
     _, drops, tokens, positions, image_tokens, rows, most, pictures, waits = zip(*said, strict=True)
     dropped = data.dropped
-    num_samples, num_supervised = data.num_samples, data.num_supervised
+    num_samples, counts = data.num_samples, data.counts
     if sum(drops) and ranks.several:
         everywhere: list[Any] = ranks.gather_json(dropped, "say what is dropped")
         dropped = [(int(n), str(why), str(detail)) for rank in everywhere for n, why, detail in rank]
-        num_samples, num_supervised = _counts(data, {n for n, _, _ in dropped})
+        assert data.index is not None
+        counts, num_samples = counts_of(data.index, data.step.members, {n for n, _, _ in dropped})
     assert data.index is not None
     return SharedStep(
-        data.step, data.rows, num_samples, int(sum(tokens)), num_supervised, len(data.index.sources),
+        data.step, data.rows, num_samples, int(sum(tokens)), counts["tokens"],
+        {term: counts[unit] for term, unit in units.items()}, len(data.index.sources),
         int(sum(positions)), int(sum(image_tokens)), int(sum(rows)), int(max(rows)), int(max(most)), any(pictures),
         max(waits),
         dropped, data.cost, data.index,
     )  # fmt: skip
-
-
-def _counts(data: StepRows, gone: set[int]) -> tuple[int, float]:
-    """(samples, sum of weights over supervised positions) of a step without some of its samples."""
-    assert data.index is not None
-    index, members = data.index, data.step.members
-    weighted = index.column("supervised")[members] * index.source_weights[index.column("source")[members]]
-    kept = np.array([n not in gone for n in members.tolist()], bool)
-    return int(kept.sum()), float(weighted[kept].sum(dtype=np.float64))

@@ -31,13 +31,16 @@ MAX_POINTS = 400  # per curve; more cannot be told apart and make the page heavy
 
 
 def figures(records: Records) -> dict[str, Figure]:
-    """The curves that the records hold data for, by name: `loss`, `sources`, `lr`, `grad_norm`, `throughput`. Of a
-    curriculum each shows where its stages begin."""
+    """The curves that the records hold data for, by name: `loss`, `sources`, `rewards`, `preference`, `lr`,
+    `grad_norm`, `throughput`. Of a curriculum each shows where its stages begin."""
     steps = [record for record in records if record["kind"] == "step"]
     borders = _borders(steps)
+    evals = [record for record in records if record["kind"] == "eval"]
     made = {
-        "loss": _loss(steps, [record for record in records if record["kind"] == "eval"], borders),
+        "loss": _loss(steps, evals, borders),
         "sources": _loss_by_source(steps, borders),
+        "rewards": _rewards(steps, borders),
+        "preference": _preference(steps, evals, borders),
         "lr": _learning_rate(steps, borders),
         "grad_norm": _gradient_norm(steps, borders),
         "throughput": _throughput(steps, borders),
@@ -108,6 +111,47 @@ def _loss_by_source(steps: Records, borders: Borders) -> Figure | None:
         shown.append(y)
     _log_where_wide(axes, np.concatenate(shown))
     return finish(figure, axes)
+
+
+def _rewards(steps: Records, borders: Borders) -> Figure | None:
+    """Of objectives that compare answers."""
+    sides = (
+        ("reward_chosen", "chosen"),
+        ("reward_rejected", "rejected"),
+        ("reward_good", "good"),
+        ("reward_bad", "bad"),
+    )
+    found = [(text, *_of_objective(steps, name)) for name, text in sides]
+    shown = [(text, x, y) for text, x, y in found if len(x)]
+    if not shown:
+        return None
+    figure, axes = new("Rewards", "mean reward of the answers")
+    for color, (text, x, y) in zip(COLORS, shown, strict=False):
+        _curve(axes, x, y, color, text, borders)
+    return finish(figure, axes)
+
+
+def _preference(steps: Records, evals: Records, borders: Borders) -> Figure | None:
+    """The share of pairs whose chosen answer has the higher reward."""
+    x, y = _of_objective(steps, "accuracy")
+    if not len(x):
+        return None
+    figure, axes = new("Preference accuracy", "pairs told right")
+    _curve(axes, x, y, COLORS[0], "training", borders)
+    held = [
+        (r["step"], r["metrics"]["accuracy"]) for r in evals if (r.get("metrics") or {}).get("accuracy") is not None
+    ]
+    if held:
+        axes.plot(*zip(*held, strict=True), "o-", color=COLORS[1], linewidth=1.6, markersize=4, label="held out")
+    axes.set_ylim(-0.02, 1.02)
+    return finish(figure, axes)
+
+
+def _of_objective(steps: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of a figure of the objective; nothing where it is in none of them."""
+    found = [(r["step"], r["objective"][name]) for r in steps if name in (r.get("objective") or {})]
+    values = [np.nan if value is None else value for _, value in found]
+    return np.array([step for step, _ in found], dtype=float), np.array(values, dtype=float)
 
 
 def _borders(steps: Records) -> list[tuple[float, str]]:

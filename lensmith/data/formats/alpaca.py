@@ -50,7 +50,7 @@ class Alpaca(ChatOptions):
             raise here.error("NO_TARGET", "there is no answer to train", "add one, or set output_column")
         answer = checked_text(row[self.output_column], here)
         turns.append(make_turn("assistant", marked_parts(answer, queue), here))
-        talk = conversation(turns, (), self.train)
+        talk = conversation(queue.in_front(turns), (), self.train)
         queue.settle(place)
         return chat_sample([talk], row, self, place)
 

@@ -38,7 +38,8 @@ class RowOptions(Options):
 
     images_column: str = "images"
     """Key of the row's pictures: a list of paths, `data:` URLs, bytes or {bytes, path}, or one of these. `images` and
-    `image` stand for each other in rows that have only one of them."""
+    `image` stand for each other in rows that have only one of them. Of this and of other columns: "" means that rows
+    have none."""
     videos_column: str = "videos"
     """Key of the row's videos: a list of paths, bytes or {bytes, path}, or one of these; a list of pictures in that
     list is a video by its frames. `videos` and `video` stand for each other."""
@@ -51,8 +52,29 @@ class ChatOptions(RowOptions):
 
     system_column: str = "system"
     """Key of the row's system prompt. A system turn among the messages goes before it."""
+    default_system: str | None = None
+    """System prompt of rows that have none. Left out: as the model's family writes it."""
     train: Literal["assistant", "last", "all"] = "assistant"
     """Turns that are trained where the data does not say: every assistant turn, the last one only, or every turn."""
+    unanswered: Literal["keep", "error"] = "keep"
+    """A conversation that ends before its last answer: trained up to there, or a wrong row."""
+    objects_column: str = "objects"
+    """Key of a row's objects, as ms-swift has them: {ref: [names], bbox: [[x1, y1, x2, y2]]}, placed by <ref-object>
+    and <bbox> in the texts."""
+    boxes: Literal["shown", "thousandths"] | None = None
+    """Coordinates that boxes are written in: pixels of the picture as it is shown, or thousandths of its sides. Left
+    out: a row with boxes is an error."""
+    unplaced: Literal["error", "front"] = "error"
+    """Pictures and videos of a row whose texts have no marks at all: an error, or put in front of the first user
+    turn."""
+    chosen_column: str = "chosen"
+    """Key of the better answer, where an objective compares pairs: a text, a turn, or a list of turns."""
+    rejected_column: str = "rejected"
+    """Key of the worse answer."""
+    label_column: str = "label"
+    """Key of true (a good answer) or false, where an objective learns from labels."""
+    margin_column: str = "margin"
+    """Key of how much better the chosen answer is, for reward models; rows may lack it."""
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -241,9 +263,19 @@ def chat_sample(
     conversations: Sequence[Conversation], row: Mapping[str, Any], options: ChatOptions, place: Place
 ) -> Sample:
     """The sample of a row, with a note when a conversation ends before its last answer."""
+    if options.default_system:
+        conversations = [_with_system(c, options.default_system) for c in conversations]
     last = [c.messages[-1] for c in conversations]
     notes = ("unanswered",) if any(m.role in ("user", "tool") and not _has_target(m) for m in last) else ()
+    if notes and options.unanswered == "error":
+        raise place.error("ROLE_ORDER", "the conversation ends without an answer", "add one")
     return Sample(place.origin, tuple(conversations), id=row_id(row, options.id_column, place), notes=notes)
+
+
+def _with_system(conversation: Conversation, prompt: str) -> Conversation:
+    if conversation.messages[0].role == "system":
+        return conversation
+    return replace(conversation, messages=(Message("system", (Text(prompt),)), *conversation.messages))
 
 
 # --- documents --------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from lensmith.data.formats.messages import Messages
 from lensmith.data.formats.sharegpt import ShareGPT
 
 KNOWN = (
-    "messages: [{role, content}] (messages); conversations: [{from, value}] (sharegpt); instruction, output (alpaca); "
+    "messages: [{role, content}] (messages); conversations: [{from, value}] (sharegpt); instruction, output or query, "
+    "response (alpaca); prompt, completion (messages); "
     "text or parts (document); texts, images or text_list, image_info (interleaved)"
 )
 
@@ -37,7 +38,8 @@ def known_layout(row: Mapping[str, Any], origin: str) -> Layout | None:
     images = "image" if "image" in keys and "images" not in keys else "images"
     if {"chosen", "rejected"} <= keys:
         raise DataError("UNKNOWN_FORMAT", "the row holds preferences (chosen, rejected)", where=origin,
-                        remedy="name the format of this source in the run file")  # fmt: skip
+                        remedy="set objective: dpo (orpo, simpo, reward), or name the format of this source in the run "
+                        "file to learn what else the row holds")  # fmt: skip
     for column in ("messages", "conversations"):
         turns = row.get(column)
         first = turns[0] if isinstance(turns, (list, tuple)) and turns else None
@@ -47,8 +49,12 @@ def known_layout(row: Mapping[str, Any], origin: str) -> Layout | None:
             return ShareGPT(messages_column=column, images_column=images)
     if "branches" in keys:
         return Messages(images_column=images)
+    if {"prompt", "completion"} <= keys:
+        return Messages(images_column=images)
     if {"instruction", "output"} <= keys:
         return Alpaca(images_column=images)
+    if {"query", "response"} <= keys:
+        return Alpaca(instruction_column="query", input_column="", output_column="response", images_column=images)
     if keys & {"text", "parts"}:
         return DocumentFormat(images_column=images)
     if "text_list" in keys or {"texts", images} <= keys:

@@ -52,6 +52,10 @@ class Messages(ChatOptions):
     """Key of the list of branches, in rows that have no messages of their own."""
     shared_column: str = "shared"
     """Key of the messages that stand in front of every branch."""
+    prompt_column: str = "prompt"
+    """Key of the prompt (a text or a list of messages) of rows that have no messages."""
+    completion_column: str = "completion"
+    """Key of the answer to such a prompt: a text or a list of messages. Where a row has it, it alone is trained."""
     tools_column: str = "tools"
     """Key of the function signatures: a list, or JSON text of one."""
 
@@ -67,13 +71,15 @@ class Messages(ChatOptions):
             turns = [_turn(value, queue, at) for at, value in raw]
             if turns[0][1].role != "system":
                 turns = system + turns
-            conversations.append(conversation(turns, tools, self.train))
+            conversations.append(conversation(queue.in_front(turns), tools, self.train))
             queue.settle(here)
         return chat_sample(conversations, row, self, place)
 
     def _threads(self, row: Mapping[str, Any], place: Place) -> list[tuple[Place, RawTurns]]:
         """The row's conversations: its messages, or each branch behind the shared messages."""
         if row.get(self.branches_column) is None:
+            if row.get(self.messages_column) is None and row.get(self.completion_column) is not None:
+                return [(place, self._completed(row, place))]
             here = place.key(self.messages_column)
             return [(here, _listed(required(row, self.messages_column, place), here))]
         if row.get(self.messages_column) is not None:
@@ -86,6 +92,17 @@ class Messages(ChatOptions):
         if not branches:
             raise here.error("SCHEMA", "holds no branches")
         return [(here.item(i), front + _listed(branch, here.item(i))) for i, branch in enumerate(branches)]
+
+    def _completed(self, row: Mapping[str, Any], place: Place) -> RawTurns:
+        """A prompt, of which nothing is trained, and its completion."""
+        found: RawTurns = []
+        for column, role in ((self.prompt_column, "user"), (self.completion_column, "assistant")):
+            value, here = required(row, column, place), place.key(column)
+            turns = [(here, {"role": role, "content": value})] if isinstance(value, str) else _listed(value, here)
+            if role == "user":
+                turns = [(at, {**turn, "train": False} if isinstance(turn, Mapping) else turn) for at, turn in turns]
+            found += turns
+        return found
 
 
 def _items(value: object, place: Place) -> RawTurns:

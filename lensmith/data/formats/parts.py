@@ -8,10 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from lensmith.core.sample import Image, Part, Text, Video
+from lensmith.data.formats.boxes import Objects
 from lensmith.data.formats.common import (
     MAX_TEXT_BYTES,
+    ChatOptions,
     Place,
     RowOptions,
+    Turn,
     checked_flag,
     checked_list,
     checked_object,
@@ -96,6 +99,7 @@ class MediaQueue:
         self._options = options
         self._images_asked = 0
         self._videos_asked = 0
+        self.objects: Objects | None = None
 
     @classmethod
     def of(cls, row: Mapping[str, Any], options: RowOptions, place: Place) -> MediaQueue:
@@ -104,11 +108,15 @@ class MediaQueue:
             raise place.key("audios").error("MEDIA_KIND", "sound cannot be trained", "take these rows out")
         images = [image_ref(*entry) for entry in entries(row, options.images_column, place)]
         videos = [video_ref(*entry) for entry in entries(row, options.videos_column, place)]
-        return cls(images, videos, options)
+        queue = cls(images, videos, options)
+        queue.objects = Objects.of(row, options, place)
+        return queue
 
     def again(self) -> MediaQueue:
         """The same media from the beginning, for another branch."""
-        return MediaQueue(self._images, self._videos, self._options)
+        queue = MediaQueue(self._images, self._videos, self._options)
+        queue.objects = None if self.objects is None else self.objects.again()
+        return queue
 
     # a stand-in when there are too few: `settle` then refuses the row with the whole count
 
@@ -120,8 +128,24 @@ class MediaQueue:
         self._videos_asked += 1
         return self._videos[self._videos_asked - 1] if self._videos_asked <= len(self._videos) else Video(path="")
 
+    def in_front(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+        """The turns with all pictures and videos in front of the first user turn, where no mark places any and the
+        options ask for it."""
+        front = isinstance(self._options, ChatOptions) and self._options.unplaced == "front"
+        at = next((i for i, (_, m) in enumerate(turns) if m.role == "user"), None)
+        if not front or at is None or self._images_asked or self._videos_asked:
+            return turns
+        place, message = turns[at]
+        media: list[Part] = [*(self.image() for _ in self._images), *(self.video() for _ in self._videos)]
+        return [*turns[:at], (place, replace(message, parts=(*media, *message.parts))), *turns[at + 1 :]]
+
     def settle(self, place: Place) -> None:
-        """Raises DataError IMAGE_COUNT, VIDEO_COUNT unless there was one mark for each picture and each video."""
+        """Raises DataError IMAGE_COUNT, VIDEO_COUNT unless there was one mark for each picture and each video, SCHEMA
+        unless there was one for each box, of a picture that is there."""
+        if self.objects is not None:
+            self.objects.settle(place)
+            if any(box.picture >= len(self._images) for box in self.objects.boxes):
+                raise place.error("SCHEMA", f"a box is of a picture that is not there; there are {len(self._images)}")
         if self._images_asked != len(self._images):
             raise place.error("IMAGE_COUNT", f"{self._images_asked} image marks, {len(self._images)} pictures in "
                               f"{self._options.images_column!r}", f"write one {IMAGE_MARK} for each picture; if the "
@@ -142,7 +166,7 @@ def marked_parts(text: str, queue: MediaQueue, train: bool | None = None) -> lis
         elif piece == VIDEO_MARK:
             parts.append(queue.video())
         elif piece:
-            parts.append(Text(piece, train))
+            parts += [Text(piece, train)] if queue.objects is None else queue.objects.parts(piece, train)
     return parts
 
 

@@ -44,7 +44,7 @@ class ShareGPT(ChatOptions):
     assistant_tag: str = "gpt"
     """Role name of the model."""
     observation_tag: str = "observation"
-    """Role name of a tool's answer."""
+    """Role name of a tool's answer. Of this and the next tags: "" means that there is no such turn."""
     function_tag: str = "function_call"
     """Role name of a call by the model; its text is JSON {name, arguments} or a list of them."""
     system_tag: str = "system"
@@ -52,7 +52,10 @@ class ShareGPT(ChatOptions):
 
     @model_validator(mode="after")
     def _tags_differ(self) -> Self:
-        if len(self._roles()) < 5:
+        named = (self.user_tag, self.assistant_tag, self.observation_tag, self.function_tag, self.system_tag)
+        if not (self.user_tag and self.assistant_tag):
+            raise ValueError("user_tag and assistant_tag must be named")
+        if len(self._roles()) < sum(map(bool, named)):
             raise ValueError("user_tag, assistant_tag, observation_tag, function_tag and system_tag must differ")
         return self
 
@@ -70,18 +73,19 @@ class ShareGPT(ChatOptions):
         turns = [self._turn(item, roles, queue, here.item(index)) for index, item in enumerate(items)]
         if turns[0][1].role != "system":
             turns = system_turn(row, self.system_column, place) + turns
-        talk = conversation(turns, tools, self.train)
+        talk = conversation(queue.in_front(turns), tools, self.train)
         queue.settle(here)
         return chat_sample([talk], row, self, place)
 
     def _roles(self) -> dict[str, Role]:
-        return {
+        roles: dict[str, Role] = {
             self.user_tag: "user",
             self.assistant_tag: "assistant",
             self.observation_tag: "tool",
             self.function_tag: "assistant",
             self.system_tag: "system",
         }
+        return {tag: role for tag, role in roles.items() if tag}
 
     def _turn(self, value: object, roles: Mapping[str, Role], queue: MediaQueue, place: Place) -> Turn:
         message = checked_object(value, place)

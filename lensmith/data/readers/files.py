@@ -13,6 +13,7 @@ from lensmith.data.readers.base import EXTENSIONS, MAX_ROW_BYTES, RowFile
 from lensmith.data.readers.hf_rows import DatasetRows, is_hub, is_saved_dataset
 from lensmith.data.readers.json_rows import open_json
 from lensmith.data.readers.parquet_rows import ParquetRows
+from lensmith.data.readers.table_rows import TABLES, TableRows
 from lensmith.data.readers.tar_rows import TarRows
 from lensmith.data.strict_json import printable
 
@@ -41,6 +42,8 @@ def open_rows(
     if is_hub(path) or is_saved_dataset(Path(path)):
         return DatasetRows(path, name, max_row_bytes, split=split, subset=subset, revision=revision)
     path = Path(path)
+    if path.suffix.lower() in TABLES:
+        return TableRows(path, name, max_row_bytes)
     extension = check_extension(path, name)
     if extension == ".parquet":
         return ParquetRows(path, name, max_row_bytes)

@@ -1,0 +1,372 @@
+"""What the reference model says of the answers that an objective compares.
+
+`cached` (the default): once, before the first step, of every sample that the run will draw, by the model as training
+begins; kept in the cache folder under the weights and everything else that they follow from, by sample. So it costs one
+forward pass of each sample over all epochs and runs, takes no memory beside the model, and works with every tuning and
+engine. A resumed run loads the same base before its own state, so what is missing can be computed then too.
+`adapter` and `frozen`: in each step, by the same model without its adapter or by a second one.
+"""
+
+# pyright: reportUnknownMemberType=false
+# (the stubs of torch and pyarrow leave parts of these types open)
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from lensmith.core.encoded import Compared, PackedRow
+from lensmith.core.errors import ConfigError, ModelError, RunError
+from lensmith.data.index import Index
+from lensmith.data.pipeline import Pipeline, no_picture_known
+from lensmith.data.plan import Plan, Step
+from lensmith.engine.progress import Progress
+from lensmith.model import precision
+from lensmith.model.load import base_dtype, load_model, widest_dtype
+from lensmith.model.root import MOST_POSITIONS, Autocast, Root
+from lensmith.model.source import resolve
+from lensmith.objective.options import KTO, Reference, reference_of
+from lensmith.objective.preference import log_probabilities
+from lensmith.parallel.ranks import Ranks
+from lensmith.recipe.build import Built, data_workers, device_of, loading_of, objective_of
+from lensmith.recipe.held_out import held_plan
+from lensmith.recipe.identity import sampled_weights
+from lensmith.recipe.prepare import Prepared, cache_folder
+from lensmith.recipe.spread import Evened
+from lensmith.recipe.together import shared_steps
+from lensmith.report.terminal import Terminal
+
+ROWS_AT_ONCE = 8
+"""Rows of each rank that are placed together in the pass before training."""
+
+SCHEMA = pa.schema([("digest", pa.int64()), ("stamp", pa.int64()), ("other", pa.int64()),
+                    ("first", pa.float32()), ("second", pa.float32())])  # fmt: skip
+"""digest, stamp: of the sample and of its picture files, as in the index; other: digest of the sample whose answer this
+is, else 0; first, second: log-probability of its one or two answers."""
+
+
+@dataclass
+class Known:
+    """Log-probabilities of the answers of one index's samples."""
+
+    index: Index
+    file: Path
+    pairs: bool
+    values_N2: np.ndarray = field(init=False)
+    mismatched: dict[tuple[int, int], float] = field(default_factory=dict[tuple[int, int], float])
+    """(sample, sample whose answer it is) -> log-probability."""
+
+    def __post_init__(self) -> None:
+        self.values_N2 = np.full((len(self.index.trainable), 2), np.nan, np.float32)
+        self._digest, self._stamp = self.index.column("digest"), self.index.column("stamp")
+        if self.file.is_file():
+            self._read(pq.read_table(self.file, schema=SCHEMA))
+
+    def _read(self, table: pa.Table) -> None:
+        digest, stamp, other, first, second = (table.column(n).to_numpy() for n in SCHEMA.names)
+        own = np.flatnonzero(other == 0)
+        own = own[np.argsort(digest[own], kind="stable")]
+        at = np.searchsorted(digest[own], self._digest)
+        found = np.minimum(at, max(len(own) - 1, 0))
+        if len(own):
+            place = own[found]
+            same = (digest[place] == self._digest) & (stamp[place] == self._stamp)
+            self.values_N2[same, 0], self.values_N2[same, 1] = first[place[same]], second[place[same]]
+        numbers = {int(d): n for n, d in enumerate(self._digest.tolist())} if len(own) < len(other) else {}
+        for row in np.flatnonzero(other != 0).tolist():
+            sample, its = numbers.get(int(digest[row])), numbers.get(int(other[row]))
+            if sample is not None and its is not None and stamp[row] == self._stamp[sample]:
+                self.mismatched[sample, its] = float(first[row])
+
+    def knows(self, step: Step, *, mismatched: bool) -> bool:
+        members = step.members
+        if np.isnan(self.values_N2[members, : 1 + self.pairs]).any():
+            return False
+        others = np.roll(members, 1)
+        return not mismatched or all(
+            pair in self.mismatched for pair in zip(members.tolist(), others.tolist(), strict=True)
+        )
+
+    def learn(self, of: Compared, logp_B: np.ndarray) -> None:
+        if (of.other_B >= 0).any():
+            pairs = zip(of.sample_B.tolist(), of.other_B.tolist(), strict=True)
+            self.mismatched |= dict(zip(pairs, logp_B.tolist(), strict=True))
+        elif self.pairs:
+            self.values_N2[of.sample_B[0::2]] = np.stack([logp_B[0::2], logp_B[1::2]], axis=1)
+        else:
+            self.values_N2[of.sample_B, 0] = logp_B
+
+    def learn_from(self, row: PackedRow, at_SK: torch.Tensor) -> None:
+        if row.compared is not None:
+            self.learn(row.compared, log_probabilities(at_SK[:, 0], row).cpu().numpy())
+
+    def share(self, ranks: Ranks) -> None:
+        """What each rank has computed, on all of them."""
+        if not ranks.several:
+            return
+        mine = torch.from_numpy(self.values_N2.astype(np.float64).ravel())
+        every = ranks.gather_tensor(mine, "share the reference").numpy()
+        found = np.fmax.reduce(every, axis=0)  # NaN where no rank knows
+        self.values_N2 = found.reshape(-1, 2).astype(np.float32)
+        said: list[Any] = ranks.gather_json(
+            [[a, b, value] for (a, b), value in self.mismatched.items()], "share the reference"
+        )
+        self.mismatched = {(int(a), int(b)): float(v) for rank in said for a, b, v in rank}
+
+    def write(self) -> None:
+        """Put what is known beside what the file holds by now; readers see the old or the new file."""
+        there = np.flatnonzero(~np.isnan(self.values_N2[:, 0]))
+        rows = {"digest": self._digest[there], "stamp": self._stamp[there], "other": np.zeros(len(there), np.int64),
+                "first": self.values_N2[there, 0], "second": self.values_N2[there, 1]}  # fmt: skip
+        if self.mismatched:
+            a, b = np.array(list(self.mismatched), np.int64).T
+            more = {"digest": self._digest[a], "stamp": self._stamp[a], "other": self._digest[b],
+                    "first": np.array(list(self.mismatched.values()), np.float32),
+                    "second": np.full(len(a), np.nan, np.float32)}  # fmt: skip
+            rows = {name: np.concatenate([rows[name], more[name]]) for name in rows}
+        tables = [pa.table(rows, schema=SCHEMA)]
+        if self.file.is_file():
+            tables.append(pq.read_table(self.file, schema=SCHEMA))
+        whole = pa.concat_tables(tables)
+        keys = zip(*(whole.column(n).to_numpy().tolist() for n in ("digest", "stamp", "other")), strict=True)
+        first = {key: n for n, key in reversed(list(enumerate(keys)))}
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
+            pq.write_table(whole.take(pa.array(sorted(first.values()))), temporary)
+            temporary.replace(self.file)
+        except OSError as error:
+            raise ConfigError("CACHE", f"log-probabilities of the reference cannot be kept: {error.strerror or error}",
+                              where=str(self.file.parent),
+                              remedy="set data.cache to a folder with space") from None  # fmt: skip
+
+    def tell(self, row: PackedRow) -> None:
+        """Put into a row what is known of its answers. Raises `RunError` REFERENCE."""
+        of = row.compared
+        if of is None or of.reference_B is not None:
+            return
+        if (of.other_B >= 0).any():
+            pairs = zip(of.sample_B.tolist(), of.other_B.tolist(), strict=True)
+            of.reference_B = np.array([self.mismatched.get(pair, np.nan) for pair in pairs], np.float32)
+            return
+        second = np.arange(len(of.sample_B)) % 2 if self.pairs else np.zeros(len(of.sample_B), int)
+        of.reference_B = self.values_N2[of.sample_B, second]
+        if np.isnan(of.reference_B).any():
+            number = int(of.sample_B[np.isnan(of.reference_B)][0])
+            problem = "the reference knows nothing of this sample, which could not be read before training"
+            raise RunError("REFERENCE", problem, where=self.index.origin(number), remedy="run again")
+
+
+@dataclass(frozen=True)
+class Computing:
+    """What the pass before training needs of a model. `forward` gives the figures of a row's positions."""
+
+    forward: Callable[[PackedRow], torch.Tensor]
+    root: Root
+    evened: Evened | None = None
+
+
+class References:
+    """Of a stage whose objective measures answers against cached log-probabilities."""
+
+    def __init__(self, prepared: Prepared, ranks: Ranks, terminal: Terminal, begun_from: str = ""):
+        """`begun_from`: what the weights follow from beside the model folder."""
+        self.prepared, self.ranks, self.terminal = prepared, ranks, terminal
+        located = prepared.located
+        folder = prepared.model_folder
+        asked = reference_of(located.run.objective)
+        if asked is not None and asked.model is not None:
+            folder = other_folder(prepared, asked)
+        cache = cache_folder(located.run.data, located.folder)
+        mark = self._mark(folder, begun_from)
+        pairs = not isinstance(located.run.objective, KTO)
+        self.train = Known(prepared.train, cache / f"reference-{mark}.parquet", pairs)
+        self.held = None if prepared.held is None else Known(prepared.held, self.train.file, pairs)
+
+    def _mark(self, folder: Path, begun_from: str) -> str:
+        prepared, run = self.prepared, self.prepared.located.run
+        spec = prepared.train.spec
+        said = [sampled_weights(folder), begun_from, repr(prepared.family), spec.tokenizer_digest, spec.text_tokens,
+                spec.limits.model_dump(), spec.videos.model_dump(), run.precision.model_dump(mode="json"),
+                str(device_of(run).type), run.tune.model_dump(mode="json"), spec.compare]  # fmt: skip
+        return hashlib.blake2b(repr(said).encode(), digest_size=12).hexdigest()
+
+    def complete(self, with_model: Callable[[], Computing], plan: Plan, progress: Progress) -> None:
+        """Compute what is missing for the steps from here on and for the held-out samples. All ranks together."""
+        mismatched = self.prepared.train.spec.mismatched
+        steps = list(self._missing(_until_end(plan, progress), plan.num_samples, mismatched))
+        held = [] if self.held is None else list(self._missing_held(self.held, mismatched))
+        total = sum(len(s.members) for s in chain(steps, held))
+        if not total:
+            return
+        computing = with_model()
+        with self.terminal.progress("Log-probabilities of the reference", total) as bar:
+            for known, todo in ((self.train, steps), (self.held, held)):
+                if known is not None and todo:
+                    self._compute(computing, known, todo, bar.advance)
+                    known.share(self.ranks)
+                    if self.ranks.is_main:
+                        known.write()
+
+    def _missing(self, steps: Iterator[Step], num_samples: int, mismatched: bool) -> Iterator[Step]:
+        if mismatched:  # whose answer stands behind which prompt is the steps' own
+            yield from (step for step in steps if not self.train.knows(step, mismatched=True))
+            return
+        drawn = np.zeros(num_samples, bool)
+        for step in steps:
+            drawn[step.members] = True
+            if drawn.all():
+                break
+        drawn &= np.isnan(self.train.values_N2[:, : 1 + self.train.pairs]).any(axis=1)
+        yield from self._chunks(self.train, np.flatnonzero(drawn))
+
+    def _missing_held(self, known: Known, mismatched: bool) -> Iterator[Step]:
+        number = len(known.values_N2)
+        steps = _until_end(held_plan(number), Progress()) if mismatched else self._chunks(known, np.arange(number))
+        return (step for step in steps if not known.knows(step, mismatched=mismatched))
+
+    def _chunks(self, known: Known, numbers: np.ndarray) -> Iterator[Step]:
+        """Samples in index order, as steps of some rows a rank."""
+        tokens = np.cumsum(known.index.column("tokens")[numbers])
+        size = self.prepared.limits.device_tokens * self.ranks.size * ROWS_AT_ONCE
+        cuts = np.searchsorted(tokens, np.arange(size, int(tokens[-1]) if len(tokens) else 0, size))
+        parts = np.split(numbers, np.unique(cuts[cuts > 0]))
+        return (Step(n, members, 0.0, 0) for n, members in enumerate(parts) if len(members))
+
+    def _compute(self, computing: Computing, known: Known, steps: list[Step], advance: Callable[[int], Any]) -> None:
+        root, cache = computing.root, computing.root.cache
+        pipeline = Pipeline(
+            known.index, self.prepared.plan, self.prepared.limits, workers=data_workers(self.prepared.located.run),
+            rank=self.ranks.rank, ranks=self.ranks.size, known=no_picture_known if cache is None else cache.known,
+        )  # fmt: skip
+        shared = shared_steps(pipeline.steps_of(iter(steps)), self.ranks, {})
+        with torch.no_grad(), evaluating(root):
+            for data in shared if computing.evened is None else computing.evened(shared):
+                for row in data.rows:
+                    row = row if root.ready(row) else pipeline.reread(row.members)
+                    known.learn_from(row, computing.forward(row))
+                if known.index.spec.mismatched:
+                    for row in mismatched_of(data.rows, root, pipeline, computing.evened, self.ranks):
+                        known.learn_from(row, computing.forward(row))
+                advance(len(data.step.members))
+
+
+def mismatched_of(
+    rows: Sequence[PackedRow], root: Root, pipeline: Any, evened: Evened | None, ranks: Ranks
+) -> list[PackedRow]:
+    """The rows of mismatched answers that go with rows, with all that a forward pass needs. Where an engine spreads the
+    model, every rank gets as many, over the same modules."""
+    found: list[PackedRow | None] = []
+    for row in rows:
+        other = None if row.compared is None else row.compared.mismatched
+        if other is not None and other.compared is not None and not root.ready(other):
+            again = pipeline.reread(other.members, tuple(other.compared.other_B.tolist()))
+            other = None if again.compared is None else again.compared.mismatched
+        found.append(other)
+    if evened is None:
+        return [row for row in found if row is not None]
+    full = [evened.one(row) for row in found]
+    most = max((len(row.supervised_S) for row in full), default=0)
+    most = int(max(n for (n,) in ranks.gather([float(most)], "even the mismatched answers")))
+    for row in full:
+        row.meta[MOST_POSITIONS] = most
+    return full
+
+
+def _until_end(plan: Plan, progress: Progress) -> Iterator[Step]:
+    total = plan.num_steps(progress.step, progress.cursor)
+    for step in plan.steps(progress.step, progress.cursor):
+        if step.number >= total:
+            return
+        yield step
+
+
+@contextmanager
+def evaluating(root: torch.nn.Module) -> Iterator[None]:
+    training = root.training
+    root.eval()
+    yield
+    root.train(training)
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def other_folder(prepared: Prepared, asked: Reference) -> Path:
+    assert asked.model is not None
+    located = prepared.located
+    folder = resolve(located.run.model.model_copy(update={"path": asked.model, "revision": None}), located.folder)
+    mine, its = ((f / "config.json").read_text(encoding="utf-8") for f in (prepared.model_folder, folder))
+    if _model_type(mine) != _model_type(its):
+        raise ModelError("REFERENCE", f"a {_model_type(its)!r}, and the model is a {_model_type(mine)!r}",
+                         where=str(folder), remedy="the reference must be of the same family")  # fmt: skip
+    return folder
+
+
+def _model_type(config: str) -> str:
+    import json
+
+    return str(json.loads(config).get("model_type"))
+
+
+def frozen_model(prepared: Prepared, folder: Path) -> Any:
+    """A model of which nothing trains, with the types that the run's frozen parts have."""
+    run = prepared.located.run
+    device = device_of(run)
+    plan = precision.plan(run.precision, device, base_dtype(folder))
+    model = load_model(folder, widest_dtype(folder), device, loading_of(prepared))
+    model.requires_grad_(False)
+    model.eval()
+    precision.cast(model, plan, prepared.family.part_of)
+    precision.PartCompute(plan, device).attach(model, prepared.family.part_of)
+    return model
+
+
+def other_model(prepared: Prepared, asked: Reference) -> Computing:
+    """The model that the run file names as reference, by itself on each rank."""
+    run = prepared.located.run
+    folder = other_folder(prepared, asked)
+    model, device = frozen_model(prepared, folder), device_of(run)
+    compute = precision.plan(run.precision, device, base_dtype(folder)).compute
+    autocast = Autocast(device.type, None if compute == torch.float32 else compute)
+    root = Root(model, prepared.family, objective_of(run.objective), autocast=autocast)
+    return Computing(lambda row: root(row, figures_only=True)["at"][0], root)
+
+
+def in_each_step(prepared: Prepared, built: Built, asked: Reference) -> Callable[[PackedRow], None]:
+    """What tells a row what the reference says, computed there and then."""
+    root = built.root
+    frozen = None
+    if asked.kind == "frozen":
+        frozen = frozen_model(prepared, prepared.model_folder if asked.model is None else other_folder(prepared, asked))
+
+    @torch.no_grad()
+    def tell(row: PackedRow) -> None:
+        if row.compared is None or row.compared.reference_B is not None:
+            return
+        if frozen is None:
+            with built.tuned.peft.disable_adapter(), evaluating(root.model):
+                at_SK = root.figures(row, root.model, root.features(row))
+        else:
+            at_SK = root.figures(row, frozen, features_under(root, row, frozen))
+        row.compared.reference_B = log_probabilities(at_SK[:, 0], row).float().cpu().numpy()
+
+    return tell
+
+
+def features_under(root: Root, row: PackedRow, model: Any) -> torch.Tensor | None:
+    """Image features as a frozen copy of the model gives them; what cannot differ is taken from the run's own."""
+    if root.vision_mode == "frozen" or not len(row.image_keys):
+        return root.features(row)
+    return root.features(row, model)
