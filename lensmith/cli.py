@@ -19,6 +19,8 @@ import typer
 from lensmith.core.errors import EXIT_CRASH, ConfigError, DataError, RunError, UserError
 
 if TYPE_CHECKING:
+    from lensmith.migrate.convert import Migrated
+    from lensmith.recipe.run import Located
     from lensmith.report.terminal import Terminal
 
 app = typer.Typer(
@@ -29,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RunFile = Annotated[Path, typer.Argument(help="Run file (YAML), or a run folder.")]
+RunFile = Annotated[Path, typer.Argument(help="Run file (YAML), a run folder, or a YAML file of LLaMA-Factory.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes on top of the file: key.sub=value.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what goes wrong.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, for scripts.")]
@@ -42,6 +44,17 @@ def _terminal(quiet: bool, as_json: bool) -> Terminal:
     from lensmith.report.terminal import Terminal
 
     return Terminal("json" if as_json else "quiet" if quiet else "normal")
+
+
+def _load(run: Path, overrides: list[str] | None, terminal: Terminal | None) -> tuple[Located, Migrated | None]:
+    """The run of a file. What becomes of a LLaMA-Factory file is said once, to `terminal`."""
+    from lensmith.migrate.convert import load_any
+    from lensmith.migrate.write import say
+
+    located, migrated = load_any(run, overrides or ())
+    if migrated is not None and terminal is not None:
+        say(migrated, terminal, f"{run} as a lensmith run")
+    return located, migrated
 
 
 @app.command()
@@ -59,11 +72,20 @@ def train(
     terminal = _terminal(quiet, as_json)
     from lensmith.parallel.exits import is_rank
     from lensmith.parallel.launch import launch
-    from lensmith.recipe.run import load_run
     from lensmith.recipe.train import train as run_training
 
-    located = load_run(run, overrides or ())
+    first = os.environ.get("RANK", "0") == "0"
+    located, migrated = _load(run, overrides, terminal if first and _IS_SAID not in os.environ else None)
     parallel = located.run.parallel
+    if migrated is not None:
+        os.environ[_IS_SAID] = "1"  # the ranks that this one starts need not say it again
+        if first and not dry_run:
+            from lensmith.migrate.convert import record
+
+            record(migrated, located.output)
+        if migrated.launch.torchrun:
+            os.execv(sys.executable, [*migrated.launch.torchrun, *sys.argv[1:]])
+        ray = ray or ("auto" if migrated.launch.ray else None)
     if ray is not None:
         from lensmith.recipe.train_ray import train_on_ray
 
@@ -79,14 +101,46 @@ def train(
     raise typer.Exit(ended)
 
 
+_IS_SAID = "LENSMITH_MIGRATION_SAID"
+
+
+@app.command()
+def migrate(
+    file: Annotated[Path, typer.Argument(help="A YAML file of LLaMA-Factory.")],
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The run file. Left out: NAME.lensmith.yaml beside the file.")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Ranks that the batch is for. Left out: as the environment says.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write the lensmith run file that a LLaMA-Factory file stands for, with a decision on every key."""
+    terminal = _terminal(quiet, as_json)
+    from lensmith.config.yaml_file import read_tree
+    from lensmith.migrate.convert import migrate as make_run
+    from lensmith.migrate.given import is_llamafactory
+    from lensmith.migrate.write import say, write
+
+    tree = read_tree(file)
+    if not is_llamafactory(tree):
+        raise ConfigError("MIGRATE", "this is no file of LLaMA-Factory: it has no model_name_or_path", where=str(file),
+                          remedy="name one; run files of lensmith need no migration")  # fmt: skip
+    migrated = make_run(tree, overrides or (), ranks=ranks)
+    path = write(migrated, file, output)
+    say(migrated, terminal, f"{file} -> {path}")
+    terminal.event("migrate", f"written: {path}", path=str(path))
+
+
 @app.command()
 def check(run: RunFile, overrides: Overrides = None, quiet: Quiet = False, as_json: Json = False) -> None:
     """Read the run file and index the data; say what would train and what is dropped. Loads no weights."""
     terminal = _terminal(quiet, as_json)
     from lensmith.recipe.check import check as check_run
-    from lensmith.recipe.run import load_run
 
-    check_run(load_run(run, overrides or ()), terminal)
+    check_run(_load(run, overrides, terminal)[0], terminal)
 
 
 @app.command()
@@ -111,7 +165,9 @@ def plan(
 
     bytes_of = None if network is None else network * 1e9
     ask = Ask(numbers_of(ranks), device, price, bytes_of, mfu, samples_per_rank)
-    plan_run(run, overrides or (), terminal, ask)
+    said = [terminal]  # a run is read several times, with changes
+    plan_run(run, overrides or (), terminal, ask,
+             lambda file, more: _load(Path(file), [*more], said.pop() if said else None)[0])  # fmt: skip
 
 
 @app.command()
@@ -126,9 +182,8 @@ def data(
     """Say what is in the data, source by source, and write it as a page. Loads no weights."""
     terminal = _terminal(quiet, as_json)
     from lensmith.recipe.data import data as describe_data
-    from lensmith.recipe.run import load_run
 
-    describe_data(load_run(run, overrides or ()), terminal, hashes=hashes, output=output)
+    describe_data(_load(run, overrides, terminal)[0], terminal, hashes=hashes, output=output)
 
 
 @app.command()
@@ -144,9 +199,8 @@ def index(
     """Make the index of the data ahead, so that check and train start at once. Loads no weights."""
     terminal = _terminal(quiet, as_json)
     from lensmith.recipe.index import index as make_index
-    from lensmith.recipe.run import load_run
 
-    make_index(load_run(run, overrides or ()), terminal, workers=workers, ray=ray, decode=decode)
+    make_index(_load(run, overrides, terminal)[0], terminal, workers=workers, ray=ray, decode=decode)
 
 
 @app.command()
@@ -159,10 +213,9 @@ def show(
 ) -> None:
     """One sample as the model sees it: trained tokens in colour, image blocks, patch grid."""
     terminal = _terminal(False, as_json)
-    from lensmith.recipe.run import load_run
     from lensmith.recipe.show import show as show_sample
 
-    show_sample(load_run(run, overrides or ()).of(stage), number, terminal)
+    show_sample(_load(run, overrides, terminal)[0].of(stage), number, terminal)
 
 
 @app.command()

@@ -143,7 +143,7 @@ def test_a_defect_is_70_with_its_traceback(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("of ours")
 
-    monkeypatch.setattr("lensmith.recipe.run.load_run", broken)
+    monkeypatch.setattr("lensmith.migrate.convert.load_any", broken)
     code, _, err = cli("check", tmp_path / "run.yaml")
     assert code == 70
     assert "Traceback" in err and "of ours" in err and "defect of lensmith" in err
@@ -173,7 +173,7 @@ def test_a_full_disk_is_74(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "x"))
 
-    monkeypatch.setattr("lensmith.recipe.run.load_run", full)
+    monkeypatch.setattr("lensmith.migrate.convert.load_any", full)
     code, _, err = cli("check", tmp_path / "run.yaml")
     assert code == 74 and "No space left on device" in said_once(err, "MACHINE")
 
@@ -186,7 +186,7 @@ def test_interrupts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callab
         def stopped(*_: object, error: BaseException = error) -> None:
             raise error
 
-        monkeypatch.setattr("lensmith.recipe.run.load_run", stopped)
+        monkeypatch.setattr("lensmith.migrate.convert.load_any", stopped)
         code, _, err = cli("check", tmp_path / "run.yaml")
         assert code == wanted and "Traceback" not in err
 

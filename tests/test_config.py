@@ -199,7 +199,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "key", "remedy"),
     [
-        ("optimizer: {leraning_rate: 1e-5}", "optimizer.leraning_rate", "known here: betas, eps, kind, lr, parts"),
+        (
+            "optimizer: {learning_rate: 1e-5}",
+            "optimizer.learning_rate",
+            "known here: betas, eps, kind, lora_b_ratio, lr",
+        ),
         ("optimizer: {wieght_decay: 0.1}", "optimizer.wieght_decay", "did you mean 'weight_decay'?"),
         ("optimzer: {}", "optimzer", "did you mean 'optimizer'?"),
         ("tune: {kind: lora, rnak: 8}", "tune.rnak", "did you mean 'rank'?"),
@@ -232,7 +236,7 @@ def test_unknown_key_of_a_source() -> None:
         ("tune: qlora", "tune", "full, freeze, lora"),
         ("tune: {kind: qlora}", "tune", "full, freeze, lora"),
         ("schedule: cos", "schedule", "constant, linear, cosine, wsd"),
-        ("optimizer: sgd", "optimizer", "'adamw'"),
+        ("optimizer: sgd", "optimizer", "adamw, adamw_8bit, muon, adafactor"),
         ("objective: dpo", "objective", "'next_token'"),
         ("log: {sinks: [comet]}", "log.sinks.0", "tensorboard, wandb, trackio, mlflow"),
     ],

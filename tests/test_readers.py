@@ -262,4 +262,29 @@ def test_expand_finds_files_folders_and_globs(tmp_path: Path) -> None:
             names(missing)
         assert missing in str(caught.value)
     with pytest.raises(ConfigError, match=r"\[FILE_TYPE\]"):
-        open_rows(tmp_path / "notes.txt")
+        open_rows(tmp_path / "notes.md")
+
+
+def test_small_tables_are_read_where_they_are_named(tmp_path: Path) -> None:
+    """Every value of a .csv is text, an empty one null; quotes and line feeds as in RFC 4180."""
+    (tmp_path / "a.csv").write_text('instruction,input,output\n"a, ""b""\nc",,007\n1e5,true,x\n')
+    (tmp_path / "a.tsv").write_text("text\tn\none, two\t3\n")
+    (tmp_path / "a.txt").write_text("first\nsecond line\n")
+    wanted = {
+        "a.csv": [{"instruction": 'a, "b"\nc', "input": None, "output": "007"},
+                  {"instruction": "1e5", "input": "true", "output": "x"}],
+        "a.tsv": [{"text": "one, two", "n": "3"}],
+        "a.txt": [{"text": "first"}, {"text": "second line"}],
+    }  # fmt: skip
+    for name, rows in wanted.items():
+        reader = open_rows(tmp_path / name, name=name)
+        refs = list(reader.scan())
+        assert [reader.read(ref) for ref in refs] == rows
+        assert [reader.origin(ref) for ref in refs] == [f"{name}:{n + 1}" for n in range(len(rows))]
+    for text in ("a,a\n1,2\n", "a,b\n1\n", ""):
+        (tmp_path / "b.csv").write_text(text)
+        with pytest.raises(DataError, match=r"\[(TABLE|NO_ROWS)\]"):
+            list(open_rows(tmp_path / "b.csv", name="b.csv").scan())
+    (tmp_path / "b.arrow").write_bytes(b"ARROW1 no more")
+    with pytest.raises(DataError, match=r"\[TABLE\]"):
+        list(open_rows(tmp_path / "b.arrow", name="b.arrow").scan())

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 from lensmith.core.errors import RunError
+from lensmith.model.adapter_folder import PREFIX
 from lensmith.model.load import SAFETENSORS_DTYPES, read_header
+from lensmith.model.lora import Adapted
+from lensmith.model.parts import is_adapter
 from lensmith.model.precision import PrecisionPlan, part_in, text
 
 CARRIED = (
@@ -21,6 +24,8 @@ CARRIED = (
     "chat_template.jinja", "chat_template.json", "generation_config.json", "tokenizer.model",
 )  # fmt: skip
 """Files of the base model that belong to every model made from it."""
+QUANTIZED = "quantization.json"
+"""Beside an adapter: how the base under it was quantised while it trained (`tune.quantize`)."""
 
 
 @dataclass(frozen=True)
@@ -126,31 +131,40 @@ def write_adapter(
     revision: str | None = None,
     pixels: dict[str, int] | None = None,
     state: dict[str, torch.Tensor] | None = None,
+    adapted: Adapted | None = None,
+    quantize: Mapping[str, Any] | None = None,
 ) -> None:
     """A PEFT adapter folder; its tensors in `dtype` (float32 unless told otherwise). `state`: those of `adapter_state`,
-    where they had to be gathered."""
+    where they had to be gathered; `adapted`: what trains beside the adapter, and what the weights under it have more
+    than `base`; `quantize`: how those were quantised."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = {n: t.to(dtype).cpu().contiguous() for n, t in (state or adapter_state(peft)).items()}
+    state = {n: t.to(dtype).cpu().contiguous() for n, t in (state or adapter_state(peft, None, adapted)).items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = peft.peft_config["default"]
-    before = (config.base_model_name_or_path, config.inference_mode, config.revision)
+    config = (adapted or Adapted(peft)).published_config()
     config.base_model_name_or_path, config.inference_mode, config.revision = base_name, True, revision
     config.save_pretrained(folder)
-    config.base_model_name_or_path, config.inference_mode, config.revision = before
+    if quantize is not None:
+        (folder / QUANTIZED).write_text(json.dumps(quantize, indent=2) + "\n", encoding="utf-8")
     carry(folder, base, pixels)
     verify_dtypes(folder, SavedTypes.all(dtype), config=False)
 
 
-def adapter_state(peft: Any, trained: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of the adapter in PEFT's names. `trained`: what trains, by the model's names, where the model holds
-    only shares of it."""
+def adapter_state(
+    peft: Any, trained: Mapping[str, torch.Tensor] | None = None, adapted: Adapted | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter in PEFT's names, with those of parts that train in full. `trained`: what trains, by
+    the model's names, where the model holds only shares of it."""
     from peft import get_peft_model_state_dict
 
-    state = None if trained is None else {f"base_model.model.{name}": t for name, t in trained.items()}
+    state = None if trained is None else {PREFIX + name: t for name, t in trained.items()}
     found = get_peft_model_state_dict(peft, state_dict=state, save_embedding_layers=False)
-    return {n: t.detach() for n, t in found.items()}
+    if trained is None:
+        trained = {n: p for n, p in peft.get_base_model().named_parameters() if p.requires_grad}
+    found |= {PREFIX + name: t for name, t in trained.items() if not is_adapter(name)}
+    found = {n: t.detach() for n, t in found.items()}
+    return found if adapted is None else adapted.published_state(found)
 
 
 def carry(folder: Path, base: Path, pixels: dict[str, int] | None) -> None:

@@ -1,10 +1,11 @@
-"""AdamW over named parameters: in float32, through float32 masters, or on half-precision parameters alone."""
+"""Optimizers over named parameters: in float32, through float32 masters, or on half-precision parameters alone."""
 
 # pyright: reportUnknownMemberType=false
 # (the stubs of torch and safetensors leave parts of these types open)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,8 +13,19 @@ from typing import Literal
 import torch
 from torch import nn
 
+from lensmith.engine.inner import (
+    AdafactorInner,
+    AdamW8bitInner,
+    Group,
+    Grouped,
+    Inner,
+    MuonInner,
+    Shape,
+    adamw,
+    is_matrix_inside,
+)  # fmt: skip
 from lensmith.engine.lean import LeanAdamW
-from lensmith.engine.options import AdamW
+from lensmith.engine.options import Adafactor, AdamW, AdamW8bit, Optimizer
 from lensmith.parallel.fsdp import last_of_step
 from lensmith.parallel.ranks import Ranks
 from lensmith.parallel.reduce import Reducer
@@ -41,20 +53,9 @@ class Keep:
         return self.update in ("compensated", "stochastic") or self.moments != torch.float32
 
 
-@dataclass
-class Group:
-    """One optimizer group: equal part, rate and decay."""
-
-    part: str
-    lr: float
-    weight_decay: float
-    names: list[str]
-    rate: float = 0.0
-    """The rate of the last update."""
-
-
 class MasterAdamW:
-    """torch's AdamW on the parameters or on float32 copies of them, and `LeanAdamW` where nothing is copied.
+    """The run's optimizer (torch's AdamW unless another is named) on the parameters or on float32 copies of them, and
+    `LeanAdamW` where nothing is copied.
 
     `keep` says for each part how; a part that it does not name is plain float32. Gradients are added up over
     micro-batches in `Keep.gradients`, so accumulation in float32 loses nothing to half precision.
@@ -67,7 +68,7 @@ class MasterAdamW:
         self,
         named: Named,
         parts: Sequence[str],
-        options: AdamW,
+        options: Optimizer,
         keep: Mapping[str, Keep] | None = None,
         seed: int = 0,
         ranks: Ranks | None = None,
@@ -77,6 +78,7 @@ class MasterAdamW:
         `sharded_root`: what FSDP2 spread over the ranks."""
         self._sharded_root = sharded_root
         self.named = list(named)
+        self._by_name = dict(self.named)
         self.ranks = ranks or Ranks()
         keep = keep or {}
         self.keep = {n: keep.get(n, Keep()) for n, _ in self.named}
@@ -85,17 +87,40 @@ class MasterAdamW:
         """What the updates are made on."""
         self._reducer: Reducer | None = None
         self.groups = groups_of(self.named, parts, options)
-        self.lean = LeanAdamW(options, seed)
-        plain: list[tuple[Group, list[torch.Tensor]]] = []
+        lean = options if isinstance(options, AdamW) else AdamW()  # others never are: lensmith.recipe.methods
+        self.lean = LeanAdamW(lean, seed)
+        plain: list[tuple[Group, list[str]]] = []
         for g in self.groups:
             for n in g.names:
                 if self.keep[n].lean:
                     self.lean.add(n, self.master[n], self.keep[n].update, self.keep[n].parameters, self.keep[n].moments)
-            plain.append((g, [self.master[n] for n in g.names if not self.keep[n].lean]))
-        self.torch = torch.optim.AdamW(
-            [{"params": tensors, "lr": g.lr, "weight_decay": g.weight_decay} for g, tensors in plain],
-            lr=options.lr, betas=options.betas, eps=options.eps, fused=True,
-        )  # fmt: skip
+            plain.append((g, [n for n in g.names if not self.keep[n].lean]))
+        part_of = {n: part for (n, _), part in zip(self.named, parts, strict=True)}
+        self.inner: dict[str, Inner] = {}
+        """What updates a plain parameter, by its name."""
+        self._inners = self._made(options, plain, part_of)
+
+    def _made(
+        self, options: Optimizer, plain: Sequence[tuple[Group, list[str]]], part_of: Mapping[str, str]
+    ) -> list[Inner]:
+        def those(kept: Callable[[str], bool]) -> Grouped:
+            return [(g, [self.master[n] for n in names if kept(n)]) for g, names in plain]
+
+        def given(inner: Inner, kept: Callable[[str], bool] = lambda _: True) -> Inner:
+            self.inner |= dict.fromkeys((n for _, names in plain for n in names if kept(n)), inner)
+            return inner
+
+        def inside(name: str) -> bool:
+            return is_matrix_inside(name, part_of[name], tuple(self.master[name].shape))
+
+        if isinstance(options, AdamW):
+            return [given(adamw(those(lambda _: True), options))]
+        if isinstance(options, AdamW8bit):
+            return [given(AdamW8bitInner(those(lambda _: True), options))]
+        if isinstance(options, Adafactor):
+            return [given(AdafactorInner(those(lambda _: True), options))]
+        rest = given(adamw(those(lambda n: not inside(n)), options), lambda n: not inside(n))
+        return [rest, given(MuonInner(those(inside), options), inside)]
 
     def _has_master(self, name: str) -> bool:
         return self.keep[name].update == "masters"
@@ -159,9 +184,10 @@ class MasterAdamW:
 
     def step(self, factor: float) -> None:
         """One update at `factor` of each group's peak rate."""
-        for group, own in zip(self.torch.param_groups, self.groups, strict=True):
-            group["lr"] = own.rate = own.lr * factor
-        self.torch.step()
+        for own in self.groups:
+            own.rate = own.lr * factor
+        for inner in self._inners:
+            inner.step()
         for own in self.groups:
             for name in own.names:
                 if self.keep[name].lean:
@@ -186,7 +212,7 @@ class MasterAdamW:
         for name, _ in self.named:
             tensor, lean = self.master[name], self.keep[name].lean
             yield f"param/{name}", self.lean.value(name, tensor) if lean else tensor.detach()
-            state = self.lean.state[name].moments() if lean else self.torch.state.get(tensor, {})
+            state = self.lean.state[name].moments() if lean else self.inner[name].state(tensor)
             yield from ((f"{key}/{name}", value.detach()) for key, value in state.items())
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -199,9 +225,9 @@ class MasterAdamW:
         mine = writers(self.named, self.ranks)
         for key, value in self.items():
             kind, _, name = key.partition("/")
-            if kind == "step":
+            if kind != "param" and self.moments(name)[kind] != shapes[name]:
                 if name in mine and starts[name] == 0:
-                    yield Piece(key, value, 0, ())
+                    yield Piece(key, value, 0, tuple(value.shape))
             elif name in mine and value.numel():
                 yield Piece(key, value, starts[name], shapes[name])
 
@@ -209,17 +235,35 @@ class MasterAdamW:
         """Parameter name -> shape of the whole parameter."""
         return {n: tuple(p.shape) for n, p in self.named}
 
+    def moments(self, name: str) -> dict[str, Shape]:
+        """Of a parameter's moments the name and the shape of the whole."""
+        shape = tuple(self._by_name[name].shape)
+        return {m: () if m == "step" else shape for m in MOMENTS} if self.keep[name].lean else (
+            self.inner[name].shapes(shape)
+        )  # fmt: skip
+
+    def begin_without(self, has: Callable[[str], bool]) -> None:
+        """Begin anew the moments that `has` does not know."""
+        for name, _ in self.named:
+            if has(f"{next(iter(self.moments(name)))}/{name}"):
+                continue
+            if self.keep[name].lean:
+                for value in self.lean.state[name].moments().values():
+                    value.zero_()
+            else:
+                self.inner[name].torch.state.pop(self.master[name], None)
+
     def load_pieces(self, read: Callable[[str, int, int], torch.Tensor | None]) -> None:
         """Take up a training state. `read(key, start, stop)`: those elements of a flattened tensor, or None where the
         state has none. Names and shapes were checked by the caller."""
         found: dict[str, torch.Tensor] = {}
         for name, p in self.named:
             shape, begin = self.master[name].shape, start(p)
-            for key in ("param", *MOMENTS):
-                size = 1 if key == "step" else shape.numel()
-                at = 0 if key == "step" else begin
+            whole = tuple(p.shape)
+            for key, own in {"param": whole, **self.moments(name)}.items():
+                size, at = (shape.numel(), begin) if own == whole else (math.prod(own), 0)
                 if (value := read(f"{key}/{name}", at, at + size)) is not None:
-                    found[f"{key}/{name}"] = value.reshape(() if key == "step" else shape)
+                    found[f"{key}/{name}"] = value.reshape(shape if own == whole else own)
             self.load_tensors(found)
             found.clear()
 
@@ -231,7 +275,8 @@ class MasterAdamW:
                     continue
                 target = self.master[name]
                 value = tensors[f"param/{name}"].to(target.device)
-                state = {k: v.to(target.device) for k in MOMENTS if (v := tensors.get(f"{k}/{name}")) is not None}
+                kinds = self.moments(name)
+                state = {k: v.to(target.device) for k in kinds if (v := tensors.get(f"{k}/{name}")) is not None}
                 if self.keep[name].lean:
                     self.lean.load(name, target, value, state)
                 else:
@@ -239,14 +284,17 @@ class MasterAdamW:
                 if self._has_master(name):
                     local(p).copy_(target)
                 if state and not self.keep[name].lean:  # fused AdamW wants its step count on the parameter's device too
-                    self.torch.state[target] = {k: v.to(torch.float32, copy=True) for k, v in state.items()}
+                    self.inner[name].load(target, state)
 
 
-def groups_of(named: Named, parts: Sequence[str], options: AdamW) -> list[Group]:
-    """Parameters of equal part, rate and decay, in the order of their first; vectors never decay."""
+def groups_of(named: Named, parts: Sequence[str], options: Optimizer) -> list[Group]:
+    """Parameters of equal part, rate and decay, in the order of their first; vectors never decay. With LoRA+ the B
+    matrices of a part are `PART_b`."""
     table: dict[tuple[str, float], Group] = {}
     for (name, p), part in zip(named, parts, strict=True):
         lr, decay = options.rate(part)
         decay = decay if p.ndim >= 2 else 0.0
+        if options.lora_b_ratio is not None and ".lora_B." in name:
+            part, lr = f"{part}_b", lr * options.lora_b_ratio
         table.setdefault((part, decay), Group(part, lr, decay, [], lr)).names.append(name)
     return list(table.values())

@@ -20,26 +20,74 @@ class PartRate(Part):
     """Weight decay of this part."""
 
 
-class AdamW(Part):
-    """AdamW (arXiv 1711.05101), fused where torch has it."""
-
-    kind: Literal["adamw"] = "adamw"
+class _Rates(Part):
     lr: float = Field(default=1e-4, ge=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the two moments."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Added to the denominator."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay; never on vectors (norms, biases)."""
     parts: dict[TrainedPart, PartRate] = Field(default_factory=dict[TrainedPart, PartRate])
     """Other rates for single parts, e.g. {vision: {lr: 2e-6}}."""
+    lora_b_ratio: float | None = Field(default=None, gt=0)
+    """LoRA+ (arXiv 2402.12354): the B matrices of adapters train at so many times the rate of the A matrices. 16 is
+    usual, with a lower `lr`. null: at the same rate."""
 
     def rate(self, part: str) -> tuple[float, float]:
         """(learning rate, weight decay) of a part."""
         own = cast("dict[str, PartRate]", self.parts).get(part, PartRate())
         lr = self.lr if own.lr is None else own.lr
         return lr, self.weight_decay if own.weight_decay is None else own.weight_decay
+
+
+class AdamW(_Rates):
+    """AdamW (arXiv 1711.05101), fused where torch has it."""
+
+    kind: Literal["adamw"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the denominator."""
+
+
+class AdamW8bit(_Rates):
+    """AdamW with moments in 8 bits (arXiv 2110.02861), through bitsandbytes: `pip install 'lensmith[optimizers]'`.
+    Parameters of fewer than 4,096 values keep theirs in float32."""
+
+    kind: Literal["adamw_8bit"] = "adamw_8bit"
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the denominator."""
+
+
+class Muon(_Rates):
+    """Muon (arXiv 2502.16982; torch.optim.Muon) for the matrices inside the model, AdamW for embeddings, head, vectors
+    and convolutions."""
+
+    kind: Literal["muon"] = "muon"
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the momentum."""
+    nesterov: bool = True
+    """Look ahead by one step of the momentum."""
+    steps: int = Field(default=5, ge=1)
+    """Newton-Schulz iterations that make an update orthogonal."""
+    scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """How large an update is. `match_rms_adamw`: as AdamW's, 0.2 sqrt(larger side), so that its rates fit; `original`:
+    sqrt(max(1, rows / columns)), which wants rates of its own."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay of the two moments."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW's, added to the denominator."""
+
+
+class Adafactor(_Rates):
+    """Adafactor (arXiv 1804.04235; torch.optim.Adafactor): the second moment of a matrix as one row and one column, no
+    first moment. Updates are as large as `lr` says, relative to the parameters."""
+
+    kind: Literal["adafactor"] = "adafactor"
+    beta2_decay: float = Field(default=-0.8, le=0)
+    """Exponent of the step in the decay of the second moment."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest root mean square of an update."""
 
 
 class _Warm(Part):
@@ -82,7 +130,7 @@ class WSD(_Warm):
 
 
 Schedule = Annotated[Constant | Linear | Cosine | WSD, Field(discriminator="kind"), choice("cosine")]
-Optimizer = Annotated[AdamW, choice("adamw")]
+Optimizer = Annotated[AdamW | AdamW8bit | Muon | Adafactor, Field(discriminator="kind"), choice("adamw")]
 
 
 class EarlyStop(Part):
@@ -105,6 +153,9 @@ class Train(Part):
     """Stop after so many steps."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides order, initialisation of adapters and dropout."""
+    neftune_alpha: float | None = Field(default=None, gt=0)
+    """Noise on the embeddings of text while training (NEFTune, arXiv 2310.05914): uniform in [-1, 1] times
+    alpha / sqrt(L H), with L tokens of the sample and H values of an embedding. 5 is usual. null: none."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest gradient norm; larger ones are scaled down. null: never."""
     recompute: bool = False

@@ -17,6 +17,7 @@ import numpy as np
 from lensmith.core.encoded import ImageBlock, VideoInfo
 from lensmith.core.sample import Conversation, Image, Video
 from lensmith.data.encode import Piece
+from lensmith.data.resize import FirstResize, Rule
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -74,6 +75,8 @@ class VideoSettings:
     """Pixels of one frame below which `max_total` does not press."""
     tokens_per_second: float = 0.0
     """Rotary positions of a second; 0: a row of the grid is one position, however long it lasts."""
+    first: FirstResize | None = None
+    """LLaMA-Factory's rule: it chooses the frames, and each is brought to this size before the model's own."""
 
 
 class Family(Protocol):
@@ -92,6 +95,7 @@ class Family(Protocol):
     video: VideoSettings
     turn_end: str
     loading: Loading
+    first_resize: Rule
 
     # data half
     def render(self, conversation: Conversation, *, ask: bool = False) -> list[Piece]: ...

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lensmith.data.resize import Rule
 from lensmith.family.base import PartName
 from lensmith.model.loading import PLAIN, Loading
 
@@ -39,6 +40,8 @@ class LaidOut:
 
     layout: ClassVar[Layout]
     loading: ClassVar[Loading] = PLAIN
+    first_resize: ClassVar[Rule] = "area"
+    """Which sizes LLaMA-Factory brings this family's pictures to before the model's own rule."""
 
     @classmethod
     def part_of(cls, name: str) -> PartName:

@@ -38,6 +38,7 @@ from lensmith.core.errors import Drop, ModelError
 from lensmith.core.sample import Conversation, Image, Message, Text, Video
 from lensmith.data.encode import Picture, Piece, Placed, Template
 from lensmith.data.media import VideoLimits
+from lensmith.data.resize import Rule
 from lensmith.family.base import Grid, Packing, PixelSettings, VideoSettings, View
 from lensmith.family.layout import LLAMA_LINEARS, SIGLIP_LINEARS, LaidOut, Layout
 from lensmith.family.minicpm_v4_chat import (
@@ -81,6 +82,7 @@ class MiniCPMV46(LaidOut):
         "<image_id>", "</image_id>",
     )  # fmt: skip
     packing: ClassVar[Packing] = "one_sample_per_row"
+    first_resize: ClassVar[Rule] = "none"
     layout: ClassVar[Layout] = Layout(
         projector=r"merger\.",  # `vit_merger`, between layers of the tower, is vision
         vision=r"vision_tower\.",

@@ -28,6 +28,7 @@ from lensmith.core.encoded import IMAGE, ImageBlock, VideoInfo
 from lensmith.core.sample import Conversation, Image, Message, Part, Text, Video
 from lensmith.data.encode import Film, Picture, Piece, Placed, Run, Template
 from lensmith.data.media import VideoLimits
+from lensmith.data.resize import Rule
 from lensmith.family.base import Grid, Packing, PixelSettings, VideoSettings, View
 from lensmith.family.layout import LaidOut, Layout
 from lensmith.family.qwen_vl_video import place_video, smart_resize, video_settings
@@ -74,6 +75,7 @@ class QwenVL(LaidOut):
         "<|video_pad|>",
     )  # fmt: skip
     packing: ClassVar[Packing] = "segments"
+    first_resize: ClassVar[Rule] = "sides"
     image_in_template: ClassVar[str] = "<|image_pad|>"
     layout: ClassVar[Layout] = Layout(
         projector=r"visual\.merger\.",  # the merger inside `.visual`, as in LLaMA-Factory

@@ -26,6 +26,7 @@ from lensmith.core.errors import Drop
 from lensmith.core.sample import Video
 from lensmith.data.encode import Piece, Placed, Template
 from lensmith.data.media import VideoLimits
+from lensmith.data.resize import FirstResize
 from lensmith.family.base import PixelSettings, VideoSettings
 
 MAX_ASPECT = 200  # the vendor's processors refuse more
@@ -52,6 +53,9 @@ def video_settings(name: str, own: Mapping[str, Any], unit: int, temporal: int, 
         min_frames=limits.min_frames or own.get("min_frames") or 4,
         max_frames=limits.max_frames or own.get("max_frames") or 768,
     )  # fmt: skip
+    if limits.rule == "llamafactory":
+        first = FirstResize(limits.min_pixels or 16 * 16, limits.max_pixels or 256 * 256, "sides")
+        return replace(found, first=first, fps=limits.fps or 2.0, max_frames=limits.max_frames or 128)
     if limits.max_pixels is not None:
         found = replace(found, max_pixels=limits.max_pixels, floor=0)
     if limits.total_pixels is not None:
@@ -91,6 +95,9 @@ def sample_frames(name: str, info: VideoInfo, shown: VideoSettings, temporal: in
     have been chosen before: all of them, up to the limit."""
     total = info.num_frames
     wanted = total / info.fps * fps if info.fps else float(total)
+    if shown.first is not None:
+        count = min(max(1, int(wanted + 1e-6)), shown.max_frames, total) if info.fps else total
+        return np.linspace(0, total - 1, count).astype(int).tolist()
     if name == "qwen3_vl":
         count = min(max(int(wanted), shown.min_frames), shown.max_frames, total)
         return np.linspace(0, total - 1, count).round().astype(int).tolist()
@@ -106,6 +113,8 @@ def frame_size(
 ) -> tuple[int, int]:
     """Width and height that the frames are resized to. Raises `Drop` IMG_ASPECT."""
     unit, (width, height) = pixels.patch * pixels.merge, (info.width, info.height)
+    if shown.first is not None:
+        width, height = shown.first(width, height)
     if name == "qwen3_vl":
         if min(width, height) < unit:
             scale = max(unit / height, unit / width)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from lensmith.data.tokenizer import TextTokenizer
 from lensmith.family.template import default_system, render_vendor
 
 if TYPE_CHECKING:
+    from lensmith.family.layout import LaidOut
     from lensmith.model.loading import Loading
 
 FAMILIES: dict[str, str] = {
@@ -93,13 +94,30 @@ def load_family(
     return family
 
 
+def default_system_of(folder: Path) -> str | None:
+    """The system prompt that the model's own chat template puts in front, as `load_family` finds it."""
+    model_type = read_json(folder / "config.json")["model_type"]
+    usual = importlib.import_module(FAMILIES[model_type]).DEFAULT_SYSTEM[model_type]
+    return _default_system(vendor_template(folder), usual, check=False)
+
+
 def part_of_kind(model_type: str) -> Callable[[str], str]:
     """Tensor name -> part, of the family of this model type."""
+    return _laid_out(model_type).part_of
+
+
+def lora_pattern_of(model_type: str, parts: Sequence[str]) -> str:
+    """A full-match pattern for the linear layers of `parts`, of the family of this model type."""
+    layers = _laid_out(model_type).layout.lora
+    return "|".join(f"({pattern})" for part, pattern in layers.items() if part in parts)
+
+
+def _laid_out(model_type: str) -> type[LaidOut]:
     from lensmith.family.layout import LaidOut
 
     module = importlib.import_module(FAMILIES[model_type])
     kinds = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, LaidOut) and c is not LaidOut]
-    return kinds[0].part_of
+    return kinds[0]
 
 
 def loading_of(folder: Path) -> Loading:

@@ -9,6 +9,7 @@ from pydantic import Field
 from lensmith.config.part import Part, choice
 
 PartName = Literal["vision", "projector", "language", "embeddings", "head"]
+LoraPart = Literal["vision", "projector", "language"]
 
 
 class Model(Part):
@@ -82,6 +83,19 @@ class Freeze(Part):
     """Of each trained part with layers, only the last so many."""
 
 
+class Quantize(Part):
+    """Frozen weights in 4 bits (QLoRA, arXiv 2305.14314), through bitsandbytes: `pip install 'lensmith[qlora]'`."""
+
+    bits: Literal[4] = 4
+    """Of a weight."""
+    type: Literal["nf4", "fp4"] = "nf4"
+    """Which 16 values there are: quantiles of a normal distribution, or 4-bit floating point."""
+    double: bool = True
+    """Keep the scales of the blocks in 8 bits too."""
+    parts: tuple[LoraPart, ...] = ("language",)
+    """Parts whose linear layers are quantised, with adapters or without."""
+
+
 class Lora(Part):
     """Low-rank adapters through PEFT (arXiv 2106.09685)."""
 
@@ -90,16 +104,34 @@ class Lora(Part):
     """Rank r of the update."""
     alpha: float | None = Field(default=None, gt=0)
     """The update is scaled by alpha / r (alpha / sqrt(r) with rslora). Left out: 2 r."""
+    ranks: dict[LoraPart, Annotated[int, Field(ge=1)]] = Field(default_factory=dict[LoraPart, int])
+    """Other ranks of single parts, e.g. {vision: 4}."""
+    alphas: dict[LoraPart, Annotated[float, Field(gt=0)]] = Field(default_factory=dict[LoraPart, float])
+    """Other alphas of single parts. Left out: such that alpha / r is that of the whole."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) (arXiv 2312.03732)."""
     dora: bool = False
     """Train magnitude and direction apart (arXiv 2402.09353)."""
-    parts: tuple[Literal["vision", "projector", "language"], ...] = ("language",)
+    init: str = Field(default="default", pattern=r"^(default|gaussian|pissa|pissa_niter_[1-9][0-9]*|olora|loftq)$")
+    """How adapters begin. `default`: as no change, A uniform; `gaussian`: A normal. `pissa` (arXiv 2404.02948;
+    `pissa_niter_16` by a faster, approximate decomposition) and `olora` (arXiv 2406.01775): as the largest part of the
+    weights, which is taken out of them; they are saved as an adapter of twice the rank for the model as it was.
+    `loftq` (arXiv 2310.08659): as what `quantize` takes away."""
+    parts: tuple[LoraPart, ...] = ("language",)
     """Parts whose linear layers get adapters. The default does not touch the vision tower's MLP."""
     pattern: str | None = None
     """A regular expression over full module names instead of `parts`. Matching nothing is an error."""
+    full: tuple[PartName, ...] = ()
+    """Parts that train in full beside the adapters, e.g. [embeddings, head, projector]; saved with the adapter."""
+    adapter: str | None = None
+    """Go on with this adapter: a PEFT folder (also of LLaMA-Factory or ms-swift), a checkpoint, a run folder or a Hub
+    name. Its own rank, alpha and layers hold; those above must be left out, or equal."""
+    merge: tuple[str, ...] = ()
+    """Adapters that are merged into the model first, in this order."""
+    quantize: Quantize | None = None
+    """Keep frozen weights in 4 bits. Left out: as `precision` says."""
 
 
 Tune = Annotated[Full | Freeze | Lora, Field(discriminator="kind"), choice("lora")]

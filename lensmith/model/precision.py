@@ -11,7 +11,7 @@ from torch import nn
 
 from lensmith.core.errors import ConfigError, ModelError
 from lensmith.model.options import PartPrecision, Precision, PrecisionPart
-from lensmith.model.tune import is_adapter
+from lensmith.model.parts import is_adapter, outermost
 
 Update = Literal["plain", "masters", "compensated", "stochastic"]
 """How parameters take an update: in their own float32; through a float32 copy; with the rounding error kept beside them
@@ -183,12 +183,12 @@ class PartCompute:
     def attach(self, model: nn.Module, part_of: Callable[[str], str]) -> None:
         other = {p for p, own in self.plan.parts.items() if p != "adapter" and own.compute != self.plan.compute}
         widened = any(self.plan.of(part).compute == FULL for part in other)
-        for outermost, part in _outermost(model, part_of) if other else ():
-            compute = self.plan.of(part).compute
-            for module in outermost.modules() if part in other else ():
+        for name, part in outermost(model, part_of) if other else ():
+            compute, modules = self.plan.of(part).compute, model.get_submodule(name).modules()
+            for module in modules if part in other else ():
                 module.register_forward_pre_hook(self._entering(compute), with_kwargs=True)
                 module.register_forward_hook(self._left, always_call=True)
-            for module in outermost.modules() if part not in other and widened else ():
+            for module in modules if part not in other and widened else ():
                 types = {p.dtype for p in module.parameters(recurse=False)}
                 if len(types) == 1 and types < {HALF, FP16}:
                     module.register_forward_pre_hook(_narrowing(types.pop()))
@@ -222,20 +222,3 @@ def _widened(value: Any) -> Any:
     from torch.utils._pytree import tree_map
 
     return tree_map(lambda x: x.float() if torch.is_tensor(x) and x.is_floating_point() else x, value)
-
-
-def _outermost(model: nn.Module, part_of: Callable[[str], str]) -> list[tuple[nn.Module, str]]:
-    """The largest modules whose parameters are all of one part, with that part. Lists of modules are never called, so
-    their members stand for them."""
-    found: list[tuple[nn.Module, str]] = []
-
-    def walk(module: nn.Module, prefix: str) -> None:
-        parts = {part_of(prefix + name) for name, _ in module.named_parameters(remove_duplicate=False)}
-        if len(parts) == 1 and not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and prefix:
-            found.append((module, parts.pop()))
-            return
-        for name, child in module.named_children():
-            walk(child, f"{prefix}{name}.")
-
-    walk(model, "")
-    return found

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +11,13 @@ from torch import nn
 
 from lensmith.core.errors import ConfigError
 from lensmith.model.load import is_tied
+from lensmith.model.lora import Adapted, Folders, attach, peft_is_quiet
 from lensmith.model.options import Freeze, Full, Lora
+from lensmith.model.parts import is_adapter
+from lensmith.model.quantize import Residuals
+from lensmith.model.value_head import PREFIX, ValueHead
+
+__all__ = ["Tuned", "apply", "count", "is_adapter", "peft_is_quiet", "what_trains"]
 
 
 class Parts(Protocol):
@@ -22,25 +26,44 @@ class Parts(Protocol):
     def lora_pattern(self, parts: Sequence[Any]) -> str: ...
 
 
+class Named(Protocol):
+    """A model, or one with what trains beside it."""
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
+
+
 @dataclass
 class Tuned:
     """The model with `requires_grad` set. `peft` wraps the same modules when adapters were added."""
 
     model: Any
     peft: Any = None
+    adapted: Adapted | None = None
+    value_head: ValueHead | None = None
+    """Of a reward model."""
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of everything, each tensor once, in the model's order."""
+        own = [] if self.value_head is None else [(PREFIX + n, p) for n, p in self.value_head.named_parameters()]
+        return [*self.model.named_parameters(), *own]
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of all that trains, each tensor once, in the model's order."""
-        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        return [(n, p) for n, p in self.named_parameters() if p.requires_grad]
 
 
-def apply(model: Any, tune: Full | Freeze | Lora, family: Parts, new_ids: Sequence[int] = ()) -> Tuned:
-    """Set what trains. `new_ids`: rows of added tokens, which train in every case.
+def apply(
+    model: Any, tune: Full | Freeze | Lora, family: Parts, new_ids: Sequence[int] = (), folders: Folders | None = None,
+    residuals: Residuals | None = None,
+) -> Tuned:  # fmt: skip
+    """Set what trains. `new_ids`: rows of added tokens, which train in every case; `folders`: where the adapters are
+    that `tune` names; `residuals`: what quantisation took away.
 
     Raises `ConfigError` for a pattern or part that matches nothing.
     """
     if isinstance(tune, Lora):
-        return _lora(model, tune, family, new_ids)
+        adapted = attach(model, tune, family, new_ids, folders or Folders(), residuals)
+        return Tuned(model, adapted.peft, adapted)
     if isinstance(tune, Full):
         model.requires_grad_(True)
         return Tuned(model)
@@ -75,76 +98,7 @@ def _unfreeze(model: Any, part: str, tune: Freeze, family: Parts) -> None:
         p.requires_grad_(True)
 
 
-def _lora(model: Any, tune: Lora, family: Parts, new_ids: Sequence[int]) -> Tuned:
-    from peft import LoraConfig, get_peft_model
-
-    pattern = tune.pattern or family.lora_pattern(tune.parts)
-    hit = {n: m for n, m in model.named_modules() if n and _matches(pattern, n)}
-    names = [n for n, m in hit.items() if isinstance(m, nn.Linear)]
-    if other := [n for n in hit if n not in names]:
-        raise ConfigError(
-            "TUNE",
-            f"tune.pattern {pattern!r} also matches {other[0]!r}, which is no linear layer",
-            remedy="end the pattern with the names of the layers, e.g. (q_proj|v_proj)",
-        )
-    if not names:
-        linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-        raise ConfigError(
-            "TUNE",
-            f"tune.pattern {pattern!r} matches none of {len(linear)} linear layers",
-            remedy=f"full module names look like {linear[-1]!r}",
-        )
-    if is_tied(model) and any("lm_head" in n for n in names):
-        raise ConfigError(
-            "TIED_HEAD",
-            "adapters on a tied lm_head would untie it from the embedding",
-            remedy="leave lm_head out of tune.pattern, or train `embeddings` with tune: freeze",
-        )
-    config = LoraConfig(
-        r=tune.rank,
-        lora_alpha=tune.alpha if tune.alpha is not None else 2 * tune.rank,  # type: ignore[arg-type]
-        lora_dropout=tune.dropout,
-        use_rslora=tune.rslora,
-        use_dora=tune.dora,
-        target_modules=pattern,
-        trainable_token_indices=_token_rows(model, new_ids),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    model.requires_grad_(False)
-    with peft_is_quiet():
-        peft = get_peft_model(model, config, autocast_adapter_dtype=True)
-    return Tuned(model, peft)
-
-
-def _token_rows(model: Any, new_ids: Sequence[int]) -> dict[str, list[int]] | None:
-    """PEFT trains single rows of the embedding; a tied head follows by itself, an untied one is named too."""
-    if not new_ids:
-        return None
-    return {"embed_tokens": list(new_ids), **({} if is_tied(model) else {"lm_head": list(new_ids)})}
-
-
-@contextmanager
-def peft_is_quiet() -> Iterator[None]:
-    """PEFT 0.21 reads an attribute that transformers 5.23 deprecates, whenever it wraps a model."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        yield
-
-
-def _matches(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ConfigError("TUNE", f"tune.pattern {pattern!r} is not a regular expression: {error}") from None
-
-
-def is_adapter(name: str) -> bool:
-    """LoRA's matrices and magnitudes, and the rows that PEFT trains for added tokens."""
-    return ".lora_" in name or "trainable_tokens" in name
-
-
-def what_trains(model: nn.Module, part_of: Callable[[str], str], lr_of: Any) -> list[dict[str, Any]]:
+def what_trains(model: Named, part_of: Callable[[str], str], lr_of: Any) -> list[dict[str, Any]]:
     """Rows {part, tensors, parameters, trainable, dtype, lr, weight_decay} per part, adapters apart."""
     rows: dict[str, dict[str, Any]] = {}
     for name, p in model.named_parameters():
@@ -162,7 +116,7 @@ def what_trains(model: nn.Module, part_of: Callable[[str], str], lr_of: Any) -> 
             },
         )
         row["tensors"] += 1
-        row["parameters"] += p.numel()
+        row["parameters"] += size_of(p)
         row["dtype"].add(str(p.dtype).removeprefix("torch."))
         if p.requires_grad:
             row["trainable"] += p.numel()
@@ -172,7 +126,13 @@ def what_trains(model: nn.Module, part_of: Callable[[str], str], lr_of: Any) -> 
     return list(rows.values())
 
 
-def count(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) parameters; a tied tensor counts once."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+def count(model: Named) -> tuple[int, int]:
+    """(trainable, total) parameters; a tied tensor counts once, a quantised one as what it stands for."""
+    sizes = [(size_of(p), p.requires_grad) for _, p in model.named_parameters()]
     return sum(n for n, g in sizes if g), sum(n for n, _ in sizes)
+
+
+def size_of(p: nn.Parameter) -> int:
+    """How many numbers a parameter stands for."""
+    state: Any = getattr(p, "quant_state", None)
+    return p.numel() if state is None else math.prod(state.shape)

@@ -230,6 +230,17 @@ class ZeroAdamW:
             if start == 0:
                 yield Piece(f"step/{name}", state["step"].clone(), 0, ())
 
+    def moments(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Of a parameter's moments the name and the shape of the whole."""
+        return {"step": (), **dict.fromkeys(MOMENTS, self._shapes[name])}
+
+    def begin_without(self, has: Callable[[str], bool]) -> None:
+        """Begin anew the moments that `has` does not know."""
+        with torch.no_grad():
+            for key, value in self.items():
+                if not has(key):
+                    value.zero_()
+
     def load_pieces(self, read: Read) -> None:
         """Take up a training state. `read(key, start, stop)`: those elements of a flattened tensor, or None where the
         state has none. Names and shapes were checked by the caller. All ranks together.

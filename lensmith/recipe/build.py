@@ -16,14 +16,21 @@ from lensmith.core.errors import ConfigError
 from lensmith.data.tokenizer import TextTokenizer, tokenizer_text
 from lensmith.engine.determinism import seed_all
 from lensmith.engine.optimizer import MasterAdamW
-from lensmith.model import precision, tune
+from lensmith.model import precision, tune, value_head
 from lensmith.model.load import base_dtype, is_tied, load_model, skeleton, widest_dtype
 from lensmith.model.loading import Loading
+from lensmith.model.neftune import add_noise
+from lensmith.model.options import Lora, Quantize
+from lensmith.model.quantize import Residuals, quantise, quantised_layers
 from lensmith.model.root import Autocast, Root, vision_mode
 from lensmith.model.vision_cache import VisionCache, fingerprint
+from lensmith.objective.base import Objective
 from lensmith.objective.next_token import NextTokenLoss
+from lensmith.objective.options import DPO, KTO, ORPO, NextToken, Reward, SimPO
+from lensmith.objective.preference import preference_objective
 from lensmith.parallel.options import Local
 from lensmith.parallel.ranks import Ranks
+from lensmith.recipe.methods import adapter_folders, check_kept, check_packages
 from lensmith.recipe.prepare import Prepared, cache_folder
 from lensmith.recipe.run import Run
 from lensmith.recipe.spread import Spread, adding_up, check_engine, exact_values, keep_of, over_ranks
@@ -61,7 +68,7 @@ class Built:
             self.spread.close()
 
     @property
-    def forward(self) -> Callable[[Any], Any]:
+    def forward(self) -> Callable[..., Any]:
         """What a row is given to."""
         return self.root if self.spread is None else self.spread.root
 
@@ -132,7 +139,8 @@ def build(
     if device.type == "cpu":
         keep_freed_memory()
     seed_all(run.train.seed)
-    model = load_model(prepared.model_folder, widest_dtype(prepared.model_folder), device, loading_of(prepared))
+    first = torch.device("cpu") if _quantize(run) else device  # whole, it may not fit the device
+    model = load_model(prepared.model_folder, widest_dtype(prepared.model_folder), first, loading_of(prepared))
     built = assemble(prepared, tuned(prepared, model), plan, device, carried, ranks, check)
     if built.spread is None or built.spread.whole_tower:
         built.root.cache = _cache(prepared, model, plan)
@@ -141,7 +149,26 @@ def build(
 
 def tuned(prepared: Prepared, model: Any) -> tune.Tuned:
     """The model with rows for added tokens, and what trains of it."""
-    return tune.apply(model, prepared.located.run.tune, prepared.family, _grow(model, prepared))
+    run, new_ids, residuals = prepared.located.run, _grow(model, prepared), None
+    if (rule := _quantize(run)) is not None and not next(model.parameters()).is_meta:
+        residuals = _quantised(prepared, model, rule)
+    return tune.apply(model, run.tune, prepared.family, new_ids, adapter_folders(prepared.located), residuals)
+
+
+def _quantize(run: Run) -> Quantize | None:
+    return run.tune.quantize if isinstance(run.tune, Lora) else None
+
+
+def _quantised(prepared: Prepared, model: Any, rule: Quantize) -> Residuals:
+    """Put the model on its device, with what `tune.quantize` names in 4 bits."""
+    run, device = prepared.located.run, device_of(prepared.located.run)
+    assert isinstance(run.tune, Lora)
+    plan = precision.plan(run.precision, device, base_dtype(prepared.model_folder))
+    rank = max([run.tune.rank, *run.tune.ranks.values()]) if run.tune.init == "loftq" else 0
+    names = quantised_layers(model, prepared.family, rule)
+    found = quantise(model, names, rule, plan.of(rule.parts[0]).compute, device, rank)
+    model.to(device)
+    return found
 
 
 def assemble(
@@ -156,6 +183,9 @@ def assemble(
     """The run's objects around a model as it is loaded, without a vision cache."""
     run, model, ranks = prepared.located.run, tuned.model, ranks or Ranks()
     part_of = _parts(run, prepared.family)
+    if isinstance(run.objective, Reward):
+        width = model.config.get_text_config().hidden_size
+        tuned.value_head = value_head.make(width, device, run.train.seed, prepared.model_folder)
     _check_rates(run, [part_of(name) for name, _ in tuned.trainable()])
     if is_tied(model) and "head" in run.precision.parts:
         raise ConfigError("PRECISION", "precision.parts.head: the head of this model is its embedding",
@@ -163,7 +193,7 @@ def assemble(
     engine = run.parallel.engine if ranks.several else Local()
     optimizer, exact = None, {}
     if isinstance(engine, Local):
-        optimizer = _optimizer(prepared, model, part_of, plan, ranks)
+        optimizer = _optimizer(prepared, tuned, part_of, plan, ranks)
         if carried is not None:
             carried(optimizer)
     else:
@@ -173,8 +203,10 @@ def assemble(
     _prepare_blocks(model, prepared)
     precision.PartCompute(plan, device).attach(model, prepared.family.part_of)
     autocast = Autocast(device.type, None if plan.compute == torch.float32 else plan.compute)
-    root = Root(model, prepared.family, NextTokenLoss(), autocast=autocast)
-    trains, counts = tune.what_trains(model, part_of, run.optimizer.rate), tune.count(model)
+    root = Root(model, prepared.family, objective_of(run.objective), autocast=autocast, value_head=tuned.value_head)
+    if run.train.neftune_alpha is not None:
+        add_noise(root, run.train.neftune_alpha)
+    trains, counts = tune.what_trains(tuned, part_of, run.optimizer.rate), tune.count(tuned)
     if check is not None:
         with adding_up(tuned.trainable(), keep_of(prepared, tuned.trainable(), plan)):
             check(root, plan)
@@ -187,19 +219,26 @@ def assemble(
     return built
 
 
+def objective_of(options: NextToken | DPO | ORPO | SimPO | KTO | Reward) -> Objective:
+    if isinstance(options, NextToken):
+        return NextTokenLoss(options.label_smoothing, options.z_loss)
+    return preference_objective(options)
+
+
 def _optimizer(
-    prepared: Prepared, model: Any, part_of: Callable[[str], str], plan: precision.PrecisionPlan, ranks: Ranks
+    prepared: Prepared, tuned: tune.Tuned, part_of: Callable[[str], str], plan: precision.PrecisionPlan, ranks: Ranks
 ) -> MasterAdamW:
     """The optimizer, and every parameter in its type. Masters, and what compensated parameters keep beside them, are
     made from what is on disk, before anything is rounded."""
     run = prepared.located.run
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    named = tuned.trainable()
     keep = keep_of(prepared, named, plan)
+    check_kept(run, keep)
     for name, p in named:
         if keep[name].update == "plain":
             p.data = p.data.to(keep[name].parameters)
     optimizer = MasterAdamW(named, [part_of(n) for n, _ in named], run.optimizer, keep, run.train.seed, ranks)
-    precision.cast(model, plan, prepared.family.part_of)
+    precision.cast(tuned.model, plan, prepared.family.part_of)
     optimizer.settle()
     return optimizer
 
@@ -208,10 +247,12 @@ def rehearse(prepared: Prepared) -> None:
     """What would stop a stage only when its turn comes: device, precision, what trains, rates, engine. No weights are
     read."""
     run = prepared.located.run
+    check_packages(run)
     plan = precision.plan(run.precision, device_of(run), base_dtype(prepared.model_folder))
     model = skeleton(prepared.model_folder, loading_of(prepared))
-    named = tune.apply(model, run.tune, prepared.family, []).trainable()
+    named = tune.apply(model, run.tune, prepared.family, [], adapter_folders(prepared.located)).trainable()
     _check_rates(run, [_parts(run, prepared.family)(name) for name, _ in named])
+    check_kept(run, keep_of(prepared, named, plan))
     check_engine(prepared, model, named, plan)
 
 
@@ -228,7 +269,7 @@ def _parts(run: Run, family: Any) -> Callable[[str], str]:
     `optimizer.parts` names."""
 
     def part_of(name: str) -> str:
-        part = family.part_of(name)
+        part = "head" if name.startswith(value_head.PREFIX) else family.part_of(name)
         return "adapter" if tune.is_adapter(name) and part not in run.optimizer.parts else part
 
     return part_of

@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 
-from lensmith.checkpoint.export import SavedTypes, carry, write_model
+from lensmith.checkpoint.export import QUANTIZED, SavedTypes, carry, write_model
 from lensmith.checkpoint.inspect import inspect
 from lensmith.checkpoint.remote import Remote
 from lensmith.checkpoint.store import Damaged, Store, sync_folder, verify
 from lensmith.core.errors import ConfigError, ModelError
 from lensmith.data.tokenizer import TextTokenizer
-from lensmith.family.registry import loading_of
+from lensmith.family.registry import load_family, loading_of, read_json
 from lensmith.model.load import base_dtype, load_model
-from lensmith.model.options import Model
+from lensmith.model.lora import merged
+from lensmith.model.options import Model, Quantize
+from lensmith.model.quantize import check_installed, quantise, quantised_layers, restore
 from lensmith.model.source import resolve
-from lensmith.model.tune import peft_is_quiet
 from lensmith.report.terminal import Terminal
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -131,8 +132,6 @@ def _write(
         model = load_model(folder, target, cpu, loading_of(folder))
         write_model(staging, model, folder, SavedTypes.all(target), shard_gb=shard_gb)
         return
-    from peft import PeftModel
-
     said = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     base_folder = resolve(Model(path=base or said), Path.cwd())
     target = dtype or _meant(base_folder)
@@ -141,11 +140,17 @@ def _write(
     num_ids = TextTokenizer.from_folder(folder if (folder / "tokenizer.json").is_file() else base_folder).num_ids
     if num_ids > model.get_input_embeddings().weight.shape[0]:  # the run added tokens
         model.resize_token_embeddings(num_ids, mean_resizing=False)
-    with peft_is_quiet():
-        peft = PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
-    merged = peft.merge_and_unload()  # type: ignore[operator]
-    write_model(staging, merged, base_folder, SavedTypes.all(target), shard_gb=shard_gb)
+    if (folder / QUANTIZED).is_file():  # what it was trained on are the weights as they came back from 4 bits
+        _as_quantised(model, base_folder, Quantize.model_validate(read_json(folder / QUANTIZED)))
+    write_model(staging, merged(model, folder), base_folder, SavedTypes.all(target), shard_gb=shard_gb)
     carry(staging, folder, None)
+
+
+def _as_quantised(model: Any, base: Path, options: Quantize) -> None:
+    check_installed("merging an adapter of a base in 4 bits", "qlora")
+    names = quantised_layers(model, load_family(base, check=False), options)
+    quantise(model, names, options, torch.float32, torch.device("cpu"))
+    restore(model)
 
 
 def _meant(folder: Path) -> torch.dtype:

@@ -21,6 +21,7 @@ from lensmith.core.errors import RunError
 from lensmith.model import precision
 from lensmith.model.load import base_dtype
 from lensmith.recipe.build import device_of
+from lensmith.recipe.methods import adapter_folders
 from lensmith.recipe.prepare import Prepared
 from lensmith.recipe.stream import stream_identity
 
@@ -44,6 +45,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "source weights": [f.weight for f in prepared.train.spec.files],
     }
     stage = prepared.located.stage
+    resized = run.data.resize != "model"
     return {
         "stage.name": prepared.located.stage_name,
         "stage.optimizer_state": stage.optimizer_state if stage is not None else None,
@@ -54,10 +56,12 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "data.documents": run.data.documents.model_dump(mode="json"),
         "train.seed": run.train.seed,
         "train.clip_norm": run.train.clip_norm,
+        "train.neftune_alpha": run.train.neftune_alpha,
         "batch.samples": run.samples_per_step,
         "batch.tokens": run.batch.tokens,
         "batch.partial": run.batch.partial,
         "tune": run.tune.model_dump(mode="json"),
+        "weights of tune.merge": [sampled_weights(f) for f in adapter_folders(prepared.located).merge],
         "precision.preset": resolved.preset,
         "precision.parts": run.precision.model_dump(mode="json")["parts"],
         "objective": run.objective.model_dump(mode="json"),
@@ -71,6 +75,8 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         **{f"family.{f.name}": repr(getattr(prepared.family, f.name)) for f in fields(prepared.family) if f.repr},
         "data.max_tokens": run.data.max_tokens,
         "data.too_long": run.data.too_long,
+        "data.train_line_feed": run.data.train_line_feed,
+        "data.resize": [run.data.resize, *((run.data.min_pixels, run.data.max_pixels) if resized else ())],
     }
 
 

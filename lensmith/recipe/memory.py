@@ -12,9 +12,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import torch
+from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
 
 from lensmith.core.encoded import PackedRow
 from lensmith.data.index import SMALL, Index
@@ -31,6 +33,7 @@ from lensmith.model.tune import is_adapter
 from lensmith.model.vision_cache import VisionCache
 from lensmith.recipe.build import KEPT_BELOW, Built, assemble, device_of, loading_of, tuned
 from lensmith.recipe.folder import read_json
+from lensmith.recipe.methods import needs_values
 from lensmith.recipe.prepare import Prepared
 
 pc: Any = pyarrow.compute  # its functions are made at import: no stub knows them
@@ -80,6 +83,8 @@ def predict(prepared: Prepared, index: Index, plan: Plan, ranks: int = 1) -> Pre
     evaluation, and what a resume maps besides. Raises one of `NEEDS_VALUES` for a model that cannot run without values.
     """
     run, folder = prepared.located.run, prepared.model_folder
+    if needs_values(run):
+        raise UnsupportedFakeTensorException("bitsandbytes")
     device, fake = device_of(run), without_values()
     model: Any = skeleton(folder, loading_of(prepared))
     register()
@@ -166,6 +171,8 @@ def step_peak(ledger: Ledger, built: Built, row: PackedRow, *, several: bool) ->
         if p.grad is not None:
             ledger.name([p.grad], "gradients")
 
+    if row.compared is not None and row.compared.reference_B is None:
+        row.compared.reference_B = np.zeros(len(row.compared.role_B), np.float32)
     hooks = [p.register_post_accumulate_grad_hook(done) for _, p in built.optimizer.named]
     with ledger.making("activations"), torch.compiler.set_stance("force_eager"):
         loss, _ = built.root(row)["loss"]

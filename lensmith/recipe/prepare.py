@@ -21,11 +21,13 @@ from lensmith.data.options import Concat, Data, Source, data_root
 from lensmith.data.placement import Limits
 from lensmith.data.plan import Plan
 from lensmith.data.readers import expand, expand_remote, fetch, is_hub, is_remote, mask, pin_revision
+from lensmith.data.resize import FirstResize
 from lensmith.data.tokenizer import tokenizer_text, with_tokens
 from lensmith.data.windows import StreamSpec
 from lensmith.family.registry import load_family
 from lensmith.model import remote_code
 from lensmith.model.source import resolve
+from lensmith.objective.options import KTO, compares
 from lensmith.recipe.run import Located
 from lensmith.recipe.stream import free_name, stream_spec
 from lensmith.report.tables import Table
@@ -103,8 +105,8 @@ def prepare(located: Located, terminal: Terminal, indexing: Indexing | None = No
     folder = resolve(run.model, located.folder)
     family = load_family(
         folder,
-        min_pixels=run.data.min_pixels,
-        max_pixels=run.data.max_pixels,
+        min_pixels=run.data.min_pixels if run.data.resize == "model" else None,
+        max_pixels=run.data.max_pixels if run.data.resize == "model" else None,
         check=run.model.template == "check",
         video=run.data.video,
     )
@@ -117,7 +119,7 @@ def prepare(located: Located, terminal: Terminal, indexing: Indexing | None = No
     cache = cache_folder(run.data, located.folder)
 
     def index_of(sources: tuple[Source, ...], what: str) -> Index:
-        files = source_files(sources, located.folder, cache, terminal)
+        files = source_files(sources, located.folder, cache, terminal, run.train.seed)
         spec = _loader_spec(located, files, family, tokenizer_json)
         return _index(spec, cache, terminal, _named(what, located), indexing or Indexing())
 
@@ -131,7 +133,8 @@ def prepare(located: Located, terminal: Terminal, indexing: Indexing | None = No
     if run.data.eval:
         held = index_of(run.data.eval, "held-out data")
     elif run.data.holdout > 0:
-        train, held = hold_out(read, run.data.holdout, run.train.seed)
+        share = run.data.holdout if run.data.holdout < 1 else run.data.holdout / max(1, len(read.trainable))
+        train, held = hold_out(read, min(share, 1.0), run.train.seed)
     notes = list(check_counts(run.data, read, train)) if stream is None else []
     if held is not None and not len(held.trainable):
         raise DataError("NO_ROWS", "no held-out sample can be used", remedy="look at the ledger; raise data.holdout")
@@ -217,11 +220,24 @@ def _loader_spec(located: Located, files: tuple[SourceFile, ...], family: Any, t
         documents=DocumentRules(data.documents.too_long, data.documents.overlap),
         videos=data.video,
         decode_timeout=data.decode_timeout,
+        compare=compares(located.run.objective),
+        mismatched=isinstance(located.run.objective, KTO),
+        train_line_feed=data.train_line_feed,
+        first_resize=_first_resize(data, family),
+        drop_wrong=data.wrong_rows == "drop",
     )
 
 
-def source_files(sources: tuple[Source, ...], folder: Path, cache: Path, terminal: Terminal) -> tuple[SourceFile, ...]:
-    """The data files of each source. Remote ones are copied into the cache, once."""
+def _first_resize(data: Data, family: Any) -> FirstResize | None:
+    if data.resize == "model":
+        return None
+    return FirstResize(data.min_pixels or 32 * 32, data.max_pixels or 768 * 768, family.first_resize)
+
+
+def source_files(
+    sources: tuple[Source, ...], folder: Path, cache: Path, terminal: Terminal, seed: int = 0
+) -> tuple[SourceFile, ...]:
+    """The data files of each source. Remote ones are copied into the cache, once. `seed`: of rows chosen at random."""
     found: list[SourceFile] = []
     names: set[str] = set()
     for source in sources:
@@ -234,6 +250,7 @@ def source_files(sources: tuple[Source, ...], folder: Path, cache: Path, termina
                 SourceFile(
                     name, file.path, source.format, str(file.base), source.weight, source.max_samples, file.shown,
                     source.split, source.subset, file.revision,
+                    None if source.num_samples is None else (source.num_samples, seed),
                 )
             )  # fmt: skip
     return tuple(found)

@@ -18,8 +18,9 @@ from lensmith.data.options import Batch, Data, Shares, Temperature
 from lensmith.engine.options import AdamW, Cosine, Guard, Optimizer, Save, Schedule, Train
 from lensmith.evaluate.options import Evaluate
 from lensmith.model.options import Lora, Model, Precision, Tune, VisionCache
-from lensmith.objective.options import NextToken, Objective
+from lensmith.objective.options import KTO, NextToken, Objective, compares, figures_of, reference_of
 from lensmith.parallel.options import Parallel
+from lensmith.recipe.methods import check_methods, check_stages
 from lensmith.report.sinks import SinkConfig
 
 
@@ -115,10 +116,11 @@ class Run(Part):
         b, d = self.batch, self.data
         if b.samples is not None and b.tokens is not None:
             raise ConfigError("CONFIG", "batch.samples and batch.tokens are both set", remedy="keep one of them")
-        if self.device_tokens < d.max_tokens:
+        if self.device_tokens < self.longest_sample:
+            twice = " twice" if self.longest_sample > d.max_tokens else ""
             raise ConfigError(
                 "CONFIG",
-                f"batch.device_tokens {self.device_tokens} is below data.max_tokens {d.max_tokens}",
+                f"batch.device_tokens {self.device_tokens} is below{twice} data.max_tokens {d.max_tokens}",
                 remedy="a row must hold the longest sample: raise the first or lower the second",
             )
         if self.train.epochs is None and self.train.max_steps is None:
@@ -130,6 +132,7 @@ class Run(Part):
             raise ConfigError("CONFIG", problem, remedy="lower it: each piece must bring something new")
         if d.stream is not None:
             self._streams()
+        self._compares()
         held = bool(d.eval) or d.holdout > 0
         if not held and (
             self.evaluate.every_steps or self.evaluate.generate or self.train.early_stop or self.save.keep_best
@@ -142,6 +145,7 @@ class Run(Part):
         for key, metric in (("train.early_stop", self.train.early_stop), ("save.keep_best", self.save.keep_best)):
             if metric is not None:
                 self._measured(key, metric if isinstance(metric, str) else metric.metric)
+        check_methods(self)
         return self
 
     def _streams(self) -> None:
@@ -160,10 +164,43 @@ class Run(Part):
             if found:
                 raise ConfigError("CONFIG", f"data.stream reads without an index, but {problem}")
 
+    def _compares(self) -> None:
+        """What an objective that compares answers needs."""
+        reference = reference_of(self.objective)
+        if reference is not None and reference.kind == "adapter" and not isinstance(self.tune, Lora):
+            raise ConfigError("CONFIG", f"objective.reference.kind is adapter, and tune is {self.tune.kind}",
+                              remedy="set objective.reference: {kind: cached}")  # fmt: skip
+        if reference is not None and reference.kind == "adapter" and isinstance(self.tune, Lora):
+            self._base_is_reference(self.tune)
+        if reference is not None and reference.kind == "frozen" and isinstance(self.tune, Lora) and self.tune.quantize:
+            raise ConfigError("CONFIG", "objective.reference.kind frozen would keep a copy that is not quantised, and "
+                              "tune.quantize is set", remedy="set objective.reference: {kind: cached}")  # fmt: skip
+        if reference is not None and reference.kind != "cached" and self.parallel.engine.kind != "local":
+            raise ConfigError("CONFIG", f"objective.reference.kind {reference.kind} needs parallel.engine local",
+                              remedy="set objective.reference: {kind: cached}")  # fmt: skip
+        if reference is not None and reference.kind == "cached" and self.data.stream is not None:
+            problem = "objective.reference.kind cached needs all the data before the first step, and data.stream is set"
+            raise ConfigError("CONFIG", problem, remedy="set objective.reference: {kind: adapter} or {kind: frozen}")
+        if isinstance(self.objective, KTO) and self.samples_per_step == 1:
+            problem = "kto takes its KL from answers of other samples of a step, and batch.samples is 1"
+            raise ConfigError("CONFIG", problem, remedy="raise batch.samples")
+
+    def _base_is_reference(self, tune: Lora) -> None:
+        """A model whose adapter is switched off must be what training began with."""
+        changed = {
+            "tune.adapter": tune.adapter is not None,
+            f"tune.init {tune.init}": tune.init not in ("default", "gaussian"),
+            "tune.full": bool(tune.full),
+            "model.add_tokens": bool(self.model.add_tokens),
+        }
+        if name := next((name for name, found in changed.items() if found), None):
+            problem = f"objective.reference.kind is adapter, but with {name} the base is not what training begins with"
+            raise ConfigError("CONFIG", problem, remedy="set objective.reference: {kind: cached}")
+
     def _measured(self, key: str, metric: str) -> None:
         """A metric that decides something must be measured while training goes on."""
         e = self.evaluate
-        known = ["loss"] if e.loss else []
+        known = ["loss", *figures_of(self.objective)] if e.loss else []
         if e.generate is not None:
             known += ["exact_match", *(f"exact_match/{name}" for name in e.generate.groups)]
         if metric not in known:
@@ -175,7 +212,12 @@ class Run(Part):
 
     @property
     def device_tokens(self) -> int:
-        return self.batch.device_tokens or max(self.data.max_tokens, 4096)
+        return self.batch.device_tokens or max(self.longest_sample, 4096)
+
+    @property
+    def longest_sample(self) -> int:
+        """Tokens: `data.max_tokens` bounds each answer of a pair with its prompt, and a row holds both."""
+        return self.data.max_tokens * (2 if compares(self.objective) == "pairs" else 1)
 
     @property
     def samples_per_step(self) -> int | None:
@@ -272,10 +314,18 @@ class Located:
         )
         if (self.folder / Path(values["model"]["path"]).expanduser()).is_dir():
             values["model"]["path"] = self._absolute(values["model"]["path"])
+        if values["tune"]["kind"] == "lora":
+            tune = values["tune"]
+            tune["merge"] = [self._folder(path) for path in tune["merge"]]
+            tune["adapter"] = tune["adapter"] and self._folder(tune["adapter"])
         if own := values["parallel"]["engine"].get("config"):
             values["parallel"]["engine"]["config"] = self._absolute(own)
         values["output"] = str(self.output)
         return values
+
+    def _folder(self, path: str) -> str:
+        """A Hub name stays as it is."""
+        return self._absolute(path) if (self.folder / Path(path).expanduser()).is_dir() else path
 
     def _absolute(self, path: str) -> str:
         if "://" in path:
@@ -304,6 +354,7 @@ def from_tree(tree: Tree, file: Path | None, name: str = "run") -> Located:
         build(Run, merged(Run, base, tree, ("stages", number), skip=("name", "optimizer_state")))
         for number in range(len(listed))
     ]
+    check_stages(names, [run.tune for run in runs])
     return Located(runs[0], file, name, list(zip(listed, runs, strict=True)), tree)
 
 

@@ -14,9 +14,11 @@ from lensmith.checkpoint.export import SavedTypes, adapter_state, write_adapter,
 from lensmith.checkpoint.together import Files, agreed_files, taken_model, write_model_together
 from lensmith.engine.progress import Progress
 from lensmith.engine.state import taken_state, write_state
+from lensmith.model import value_head
 from lensmith.model.options import Lora
 from lensmith.parallel.ranks import attempt
 from lensmith.recipe import folder as run_folder
+from lensmith.recipe.methods import quantized
 
 if TYPE_CHECKING:
     from lensmith.recipe.stage import StageRun
@@ -120,6 +122,7 @@ class Saving:
             model, base, types, _, _, pixels = self._model
             shard_gb = self.stage.run_file.save.shard_gb
             write_model(folder / "model", model, base, types, shard_gb=shard_gb, pixels=pixels)
+        self._value_head(copy=False)(folder)
         self._added_tokens(folder)
 
     def _taken(self, p: Progress) -> Callable[[Path], None]:
@@ -128,9 +131,12 @@ class Saving:
         lora = isinstance(self.stage.run_file.tune, Lora)
         model = self._adapter(copy=True) if lora else taken_model(self._files, *self._model)
 
+        head = self._value_head(copy=True)
+
         def write(folder: Path) -> None:
             state(folder / "state")
             model(folder if lora else folder / "model")
+            head(folder)
             self._added_tokens(folder)
 
         return write
@@ -156,15 +162,31 @@ class Saving:
         trained = None
         if built.spread is not None:
             trained = {n: built.full(n, p) for n, p in built.tuned.trainable()}
-        state = {n: t.to("cpu", dtype, copy=copy) for n, t in adapter_state(built.tuned.peft, trained).items()}
+        found = adapter_state(built.tuned.peft, trained, built.tuned.adapted)
+        state = {n: t.to("cpu", dtype, copy=copy) for n, t in found.items()}
 
         def write(folder: Path) -> None:
             if stage.ranks.is_main:
                 name, revision = run_folder.base_name(stage.prepared)
                 write_adapter(
                     folder / "model", built.tuned.peft, stage.prepared.model_folder, name, dtype, revision=revision,
-                    pixels=stage.prepared.family.pixels.limits, state=state,
+                    pixels=stage.prepared.family.pixels.limits, state=state, adapted=built.tuned.adapted,
+                    quantize=quantized(stage.run_file.tune),
                 )  # fmt: skip
+
+        return write
+
+    def _value_head(self, *, copy: bool) -> Callable[[Path], None]:
+        """A reward model's head, gathered on every rank and written by the first one."""
+        head, stage = self.stage.built.tuned.value_head, self.stage
+        if head is None:
+            return lambda folder: None
+        named = dict(head.named_parameters())
+        found = {n: stage.built.full(value_head.PREFIX + n, p).detach().to("cpu", copy=copy) for n, p in named.items()}
+
+        def write(folder: Path) -> None:
+            if stage.ranks.is_main:
+                value_head.write(folder / "model", found)
 
         return write
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,7 @@ from lensmith.data.plan import Plan
 from lensmith.data.windows import WindowMaker, window_plan
 from lensmith.parallel.cost import Exchange, Layout, exchanges, handed, layouts
 from lensmith.parallel.devices import CPU, Device, device
+from lensmith.recipe.methods import check_predictable
 from lensmith.recipe.prepare import Prepared, prepare, require_steps
 from lensmith.recipe.run import Located, load_run
 from lensmith.report.tables import MISSING, Table, percent, size
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from lensmith.recipe.memory import Prediction
     from lensmith.recipe.workload import Placed, Workload
 
+Loads = Callable[[str | Path, Sequence[str]], Located]
 Limit = Literal["compute", "network", "data", "memory"]
 CPU_NETWORK = 1e9
 """Bytes per second between processes of a machine through gloo, where nothing else is said."""
@@ -87,11 +90,13 @@ def numbers_of(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def plan(file: str | Path, overrides: Sequence[str], terminal: Terminal, ask: Ask) -> list[list[Row]]:
-    """The rows of each stage. Raises `ConfigError` DEVICE, and what `check` raises."""
+def plan(
+    file: str | Path, overrides: Sequence[str], terminal: Terminal, ask: Ask, load: Loads = load_run
+) -> list[list[Row]]:
+    """The rows of each stage. `load`: reads the run file. Raises `ConfigError` DEVICE, and what `check` raises."""
     target = None if ask.device == CPU else device(ask.device)
     found: list[list[Row]] = []
-    for stage in _for_device(load_run(file, overrides), file, overrides, target).stages:
+    for stage in _for_device(partial(load, file), overrides, target).stages:
         if stage.stage_name:
             terminal.event("stage", f"stage {stage.stage_name}", stage=stage.stage_name)
         with stage.saying_which():
@@ -99,13 +104,13 @@ def plan(file: str | Path, overrides: Sequence[str], terminal: Terminal, ask: As
     return found
 
 
-def _for_device(located: Located, file: str | Path, overrides: Sequence[str], target: Device | None) -> Located:
+def _for_device(load: Callable[[Sequence[str]], Located], overrides: Sequence[str], target: Device | None) -> Located:
     """The run as it would be there: `auto` precision is that of the device, and tensors without values are made here,
     where there may be no such device."""
     more = ["train.device=cpu"]
-    if target is not None and located.run.precision.preset == "auto":
+    if target is not None and load(overrides).run.precision.preset == "auto":
         more.append("precision.preset=bf16")
-    return load_run(file, [*overrides, *more])
+    return load([*overrides, *more])
 
 
 def _plan_stage(stage: Located, target: Device | None, terminal: Terminal, ask: Ask) -> list[Row]:
@@ -131,6 +136,7 @@ def _rows(
     from lensmith.recipe.memory import predict
     from lensmith.recipe.workload import Workload
 
+    check_predictable(prepared.located.run)
     with terminal.progress("Counting the work of a step", None, counted=False):
         found = predict(prepared, index, plan)
         if found is None:

@@ -15,8 +15,10 @@ from lensmith.checkpoint.together import Full, gathered
 from lensmith.core.encoded import PackedRow
 from lensmith.core.errors import ConfigError
 from lensmith.engine.optimizer import Keep, MasterAdamW, Named, groups_of
+from lensmith.engine.options import AdamW
 from lensmith.model import precision
 from lensmith.model.root import MOST_POSITIONS, vision_mode
+from lensmith.model.value_head import PREFIX
 from lensmith.parallel import fsdp
 from lensmith.parallel.options import FSDP2, DeepSpeed, Local
 from lensmith.parallel.ranks import Ranks
@@ -52,6 +54,9 @@ def keep_of(prepared: Prepared, named: Named, plan: precision.PrecisionPlan) -> 
     """Parameter name -> how it is kept."""
     keep: dict[str, Keep] = {}
     for name, _ in named:
+        if name.startswith(PREFIX):  # a few numbers, which keep their type
+            keep[name] = Keep("plain", torch.float32, torch.float32, torch.float32)
+            continue
         own = plan.of(precision.part_in(prepared.family.part_of, name))
         keep[name] = Keep(own.update, own.trained, own.gradients, own.optimizer)
     return keep
@@ -143,6 +148,7 @@ def _deepspeed(
 ) -> Spread:  # fmt: skip
     rates, named, model = prepared.located.run.optimizer, tuned.trainable(), tuned.model
     made = _zero_settings(prepared, model, named, plan, engine, pinned=root.device.type == "cuda")
+    assert isinstance(rates, AdamW)
     groups = groups_of(named, [part_of(n) for n, _ in named], rates)
     optimizer = ZeroAdamW(
         root, named, groups, made.config, ranks, root.device, betas=rates.betas, eps=rates.eps, masters=exact
@@ -167,6 +173,7 @@ def _zero_settings(
     ]
     parameters, gradients = kept_types(keep_of(prepared, named, plan), frozen)
     rates = run.optimizer
+    assert isinstance(rates, AdamW)  # the others need parameters whole (lensmith/recipe/methods.py)
     facts = Facts(
         engine.zero, engine.offload, parameters, gradients, run.train.clip_norm,
         {"lr": rates.lr, "betas": list(rates.betas), "eps": rates.eps, "weight_decay": rates.weight_decay},
@@ -248,5 +255,6 @@ def side_by_side(row: PackedRow, filler: PackedRow) -> PackedRow:
         source_S=row.source_S,
         members=row.members,
         dropped=row.dropped,
+        compared=row.compared,
         meta=dict(row.meta),
     )
