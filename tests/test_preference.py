@@ -24,6 +24,7 @@ from lensmith.core.errors import ConfigError, DataError, ModelError
 from lensmith.core.sample import Sample
 from lensmith.model.root import Root
 from lensmith.model.tune import peft_is_quiet
+from lensmith.recipe.export import export
 from lensmith.recipe.prepare import prepare
 from lensmith.recipe.reference import Known
 from lensmith.report.terminal import Terminal
@@ -417,6 +418,21 @@ def test_a_reference_that_gives_nothing_is_named(
     assert all(math.isfinite(loss) for loss in out.summary["losses"][-3:])
     assert [r["applied"] for r in records(tmp_path / "run")].count(False) == len(found) == 2
     assert all(torch.isfinite(v).all() for v in trained(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_a_value_head_goes_along(tmp_path: Path, qwen25: Path, data: dict[str, Path], tune: str) -> None:
+    """It is in the checkpoint, in what is exported, and a run that begins there begins with it."""
+    runs.quiet_train(run_of(tmp_path / "run", qwen25, data, {"kind": "reward"}, tune=TUNES[tune]))
+    head = {n: v for n, v in trained(tmp_path / "run").items() if n.startswith("v_head.")}
+    quiet = Terminal("quiet")
+    export(tmp_path / "run", tmp_path / "out", base=None, merge=True, dtype=None, shard_gb=5.0, terminal=quiet)
+    found = load_file(tmp_path / "out" / "value_head.safetensors")
+    assert {n: v.tolist() for n, v in found.items()} == {n: v.tolist() for n, v in head.items()}
+    again = run_of(tmp_path / "again", tmp_path / "out", data, {"kind": "reward"}, optimizer={"lr": 0.0})
+    runs.quiet_train(again)
+    later = trained(tmp_path / "again")
+    assert len(head) == 2 and all(torch.equal(later[n], v) for n, v in head.items())
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

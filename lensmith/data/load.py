@@ -156,7 +156,10 @@ class Loader:
         """A row of a file whose format is settled."""
         if self.spec.compare is not None:
             return parse_compared(self._formats[file], row, origin, self.spec.compare)
-        return self._formats[file].parse(row, origin)
+        sample = self._formats[file].parse(row, origin)
+        if row.get("label") is False:
+            return replace(sample, notes=(*sample.notes, "labelled_false"))
+        return sample
 
     def use(self, files: tuple[SourceFile, ...]) -> None:
         """Read other files of the same sources from now on (the next window of a stream)."""

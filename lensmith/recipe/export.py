@@ -25,6 +25,7 @@ from lensmith.model.lora import merged
 from lensmith.model.options import Model, Quantize
 from lensmith.model.quantize import check_installed, quantise, quantised_layers, restore
 from lensmith.model.source import resolve
+from lensmith.model.value_head import FILE as VALUE_HEAD
 from lensmith.report.terminal import Terminal
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -68,6 +69,8 @@ def _export(
             shutil.copytree(found, staging)
         else:
             _write(found, staging, adapter=adapter, base=base, dtype=DTYPES.get(dtype or ""), shard_gb=shard_gb)
+            if (found / VALUE_HEAD).is_file():
+                shutil.copyfile(found / VALUE_HEAD, staging / VALUE_HEAD)
         sync_folder(staging)
     staging.rename(output)
 
