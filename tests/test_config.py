@@ -237,7 +237,8 @@ def test_unknown_key_of_a_source() -> None:
         ("tune: {kind: qlora}", "tune", "full, freeze, lora"),
         ("schedule: cos", "schedule", "constant, linear, cosine, wsd"),
         ("optimizer: sgd", "optimizer", "adamw, adamw_8bit, muon, adafactor"),
-        ("objective: dpo", "objective", "'next_token'"),
+        ("objective: ppo", "objective", "next_token, dpo, orpo, simpo, kto, reward"),
+        ("objective: {kind: dpo, reference: copy}", "objective.reference", "cached, adapter, frozen"),
         ("log: {sinks: [comet]}", "log.sinks.0", "tensorboard, wandb, trackio, mlflow"),
     ],
 )

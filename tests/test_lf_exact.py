@@ -242,3 +242,27 @@ def test_answers_that_are_compared_are_cut_alike(talks: Talks, length: int) -> N
     both = [ids[s.prefix_start : s.prefix_start + s.prefix_length] + ids[s.start : s.start + s.length]
             for s in found.segments if s.prefix_length]  # fmt: skip
     assert both == wanted and found.longest <= length
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rate", "frames"),
+    [
+        (10.0, 30.0, np.linspace(0, 299, 20).astype(int).tolist()),  # 2 a second
+        (0.3, 30.0, [0, 0]),  # at least one; an odd number is filled up with the last
+        (100.0, 10.0, np.linspace(0, 999, 128).astype(int).tolist()),  # at most video_maxlen
+        (3.5, 4.0, [0, 2, 4, 6, 8, 10, 13, 13]),  # 7 of 14, rounded down
+    ],
+)
+def test_frames_are_those_that_it_chooses(talks: Talks, seconds: float, rate: float, frames: list[int]) -> None:
+    from lensmith.core.encoded import VideoInfo
+    from lensmith.core.sample import Video
+    from lensmith.data.encode import Placed
+    from lensmith.data.media import VideoLimits
+
+    family = load_family(talks.folder, video=VideoLimits(rule="llamafactory", max_pixels=16384))
+    info = VideoInfo(640, 360, round(seconds * rate), rate)
+    (block,) = [p.block for p in family.place_video(Video(path="v"), info) if isinstance(p, Placed)]
+    assert list(block.frames) == frames
+    assert family.video.first is not None
+    assert family.video.first(640, 360) == (170, 96)  # sqrt(16384 / 230400) = 0.26667, rounded down
+    assert (block.width, block.height) == (168, 84)  # then the model's rule: 6.07 and 3.43 tokens, rounded

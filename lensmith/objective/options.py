@@ -20,23 +20,31 @@ class NextToken(Part):
     """Weight of the squared log of the softmax's denominator, which keeps logits from drifting; 1e-4 is usual."""
 
 
-class Reference(Part):
-    """The model that preferences are measured against."""
+class Cached(Part):
+    """Log-probabilities of the model as training begins, computed once before the first step and kept in the cache for
+    later runs."""
 
-    kind: Literal["cached", "adapter", "frozen"] = "cached"
-    """`cached`: log-probabilities of the model as training begins, computed once before the first step and kept in the
-    cache for later runs. `adapter`: the base with its adapter switched off, in each step (LoRA). `frozen`: a second
-    copy of the weights, in each step."""
+    kind: Literal["cached"] = "cached"
     model: str | None = None
-    """Folder or Hub name of another model of the same family as the reference. Left out: the model itself as training
-    begins."""
+    """Folder or Hub name of another model of the same family, to be asked instead."""
 
-    @model_validator(mode="after")
-    def _one_model(self) -> Reference:
-        if self.kind == "adapter" and self.model is not None:
-            raise ConfigError("CONFIG", "objective.reference.model is set, and kind adapter takes the base itself",
-                              remedy="set objective.reference.kind: cached, or leave model out")  # fmt: skip
-        return self
+
+class Adapter(Part):
+    """The base with its adapter switched off, in each step (LoRA)."""
+
+    kind: Literal["adapter"] = "adapter"
+
+
+class Frozen(Part):
+    """A second copy of the weights, in each step."""
+
+    kind: Literal["frozen"] = "frozen"
+    model: str | None = None
+    """Folder or Hub name of another model of the same family, to be asked instead."""
+
+
+Reference = Annotated[Cached | Adapter | Frozen, Field(discriminator="kind"), choice("cached")]
+"""The model that preferences are measured against."""
 
 
 class DPO(Part):
@@ -55,7 +63,7 @@ class DPO(Part):
     """Weight of the likelihood of the chosen answers, added to the loss (RPO, arXiv 2404.19733)."""
     sft_average: Literal["tokens", "sequences"] = "tokens"
     """That likelihood as the mean over all chosen tokens of the step, or of each answer's mean."""
-    reference: Reference = Reference()
+    reference: Reference = Cached()
     """What the answers are measured against."""
 
     @model_validator(mode="after")
@@ -100,7 +108,7 @@ class KTO(Part):
     """Weight of good answers."""
     undesirable_weight: float = Field(default=1.0, ge=0)
     """Weight of bad answers."""
-    reference: Reference = Reference()
+    reference: Reference = Cached()
     """What the answers are measured against."""
 
 
@@ -123,7 +131,7 @@ def compares(objective: NextToken | DPO | ORPO | SimPO | KTO | Reward) -> Compar
     return {"next_token": None, "kto": "labels"}.get(objective.kind, "pairs")  # type: ignore[return-value]
 
 
-def reference_of(objective: NextToken | DPO | ORPO | SimPO | KTO | Reward) -> Reference | None:
+def reference_of(objective: NextToken | DPO | ORPO | SimPO | KTO | Reward) -> Cached | Adapter | Frozen | None:
     return objective.reference if isinstance(objective, (DPO, KTO)) else None
 
 

@@ -14,7 +14,7 @@ from lensmith.core.encoded import PackedRow
 from lensmith.data.pipeline import Pipeline
 from lensmith.engine.progress import Progress
 from lensmith.engine.state import read_progress
-from lensmith.objective.options import KTO, compares, reference_of
+from lensmith.objective.options import KTO, Cached, compares, reference_of
 from lensmith.objective.preference import log_probabilities
 from lensmith.recipe.reference import Computing, Known, References, evaluating, in_each_step, mismatched_of, other_model
 
@@ -28,20 +28,20 @@ def begin_comparing(stage: StageRun) -> Comparing | None:
     if compares(objective) is None:
         return None
     asked, references = reference_of(objective), None
-    if asked is not None and asked.kind == "cached":
-        references = _computed(stage)
+    if isinstance(asked, Cached):
+        references = _computed(stage, asked)
     elif asked is not None:
         stage.built.root.reference = in_each_step(stage.prepared, stage.built, asked)
     return Comparing(stage, references)
 
 
-def _computed(stage: StageRun) -> References:
-    asked, border, resume = reference_of(stage.run_file.objective), stage.start.border, stage.start.resume
+def _computed(stage: StageRun, asked: Cached) -> References:
+    border, resume = stage.start.border, stage.start.resume
     found = References(stage.prepared, stage.ranks, stage.terminal, "" if border is None else str(border.folder))
 
     def with_model() -> Computing:
-        if asked is not None and asked.model is not None:
-            return other_model(stage.prepared, asked)
+        if asked.model is not None:
+            return other_model(stage.prepared, asked.model)
         forward = stage.built.forward
         return Computing(lambda row: forward(row, figures_only=True)["at"][0], stage.built.root, stage.evened)
 

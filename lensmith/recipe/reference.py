@@ -36,7 +36,7 @@ from lensmith.model import precision
 from lensmith.model.load import base_dtype, load_model, widest_dtype
 from lensmith.model.root import MOST_POSITIONS, Autocast, Root
 from lensmith.model.source import resolve
-from lensmith.objective.options import KTO, Reference, reference_of
+from lensmith.objective.options import KTO, Adapter, Cached, Frozen, reference_of
 from lensmith.objective.preference import log_probabilities
 from lensmith.parallel.ranks import Ranks
 from lensmith.recipe.build import Built, data_workers, device_of, loading_of, objective_of
@@ -186,8 +186,8 @@ class References:
         located = prepared.located
         folder = prepared.model_folder
         asked = reference_of(located.run.objective)
-        if asked is not None and asked.model is not None:
-            folder = other_folder(prepared, asked)
+        if isinstance(asked, Cached) and asked.model is not None:
+            folder = other_folder(prepared, asked.model)
         cache = cache_folder(located.run.data, located.folder)
         mark = self._mark(folder, begun_from)
         pairs = not isinstance(located.run.objective, KTO)
@@ -303,10 +303,9 @@ def evaluating(root: torch.nn.Module) -> Iterator[None]:
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
-def other_folder(prepared: Prepared, asked: Reference) -> Path:
-    assert asked.model is not None
+def other_folder(prepared: Prepared, name: str) -> Path:
     located = prepared.located
-    folder = resolve(located.run.model.model_copy(update={"path": asked.model, "revision": None}), located.folder)
+    folder = resolve(located.run.model.model_copy(update={"path": name, "revision": None}), located.folder)
     mine, its = ((f / "config.json").read_text(encoding="utf-8") for f in (prepared.model_folder, folder))
     if _model_type(mine) != _model_type(its):
         raise ModelError("REFERENCE", f"a {_model_type(its)!r}, and the model is a {_model_type(mine)!r}",
@@ -333,10 +332,10 @@ def frozen_model(prepared: Prepared, folder: Path) -> Any:
     return model
 
 
-def other_model(prepared: Prepared, asked: Reference) -> Computing:
+def other_model(prepared: Prepared, name: str) -> Computing:
     """The model that the run file names as reference, by itself on each rank."""
     run = prepared.located.run
-    folder = other_folder(prepared, asked)
+    folder = other_folder(prepared, name)
     model, device = frozen_model(prepared, folder), device_of(run)
     compute = precision.plan(run.precision, device, base_dtype(folder)).compute
     autocast = Autocast(device.type, None if compute == torch.float32 else compute)
@@ -344,12 +343,13 @@ def other_model(prepared: Prepared, asked: Reference) -> Computing:
     return Computing(lambda row: root(row, figures_only=True)["at"][0], root)
 
 
-def in_each_step(prepared: Prepared, built: Built, asked: Reference) -> Callable[[PackedRow], None]:
+def in_each_step(prepared: Prepared, built: Built, asked: Adapter | Frozen) -> Callable[[PackedRow], None]:
     """What tells a row what the reference says, computed there and then."""
     root = built.root
     frozen = None
-    if asked.kind == "frozen":
-        frozen = frozen_model(prepared, prepared.model_folder if asked.model is None else other_folder(prepared, asked))
+    if isinstance(asked, Frozen):
+        other = None if asked.model is None else other_folder(prepared, asked.model)
+        frozen = frozen_model(prepared, other or prepared.model_folder)
 
     @torch.no_grad()
     def tell(row: PackedRow) -> None:
