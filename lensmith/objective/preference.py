@@ -157,7 +157,7 @@ class _Answers:
 PAIR_FIGURES = (
     "loss", "reward_chosen", "reward_rejected", "margin", "accuracy", "kl", "length_chosen", "length_rejected",
 )  # fmt: skip
-"""kl: mean of log pi/ref over the tokens of both answers, as far as they are like what the model would say."""
+"""kl: log pi/ref for each token of the chosen answers: an estimate as far as the model itself would say them."""
 
 
 @dataclass(frozen=True)
@@ -203,8 +203,7 @@ class _Pairs(_Answers):
         if at.reference_B is None:
             kl = torch.full_like(loss_P, torch.nan)
         else:
-            ratios = _pairs(at.ratio_B.detach())
-            kl = (ratios[0] + ratios[1]) / (lengths[0] + lengths[1])
+            kl = _pairs(at.ratio_B.detach())[0] / lengths[0]
         values = torch.stack([
             loss_P, chosen, rejected, chosen - rejected, (chosen > rejected).double(), kl, *lengths,
         ])  # fmt: skip
