@@ -27,6 +27,7 @@ from lensmith.model.tune import peft_is_quiet
 from lensmith.recipe.export import export
 from lensmith.recipe.prepare import prepare
 from lensmith.recipe.reference import Known
+from lensmith.recipe.replay import replay
 from lensmith.report.terminal import Terminal
 
 LORA: dict[str, Any] = {"kind": "lora", "rank": 4}
@@ -413,7 +414,9 @@ def test_a_reference_that_gives_nothing_is_named(
     monkeypatch.setattr(Known, "tell", spoilt)
     run = run_of(tmp_path / "run", qwen25, data, {"kind": "dpo"}, train={"max_steps": 14}, guard={"max_share": 1.0})
     out = runs.quiet_train(run)
-    found = [json.loads(p.read_text()) for p in sorted((tmp_path / "run/incidents").glob("*/incident.json"))]
+    folders = sorted((tmp_path / "run/incidents").glob("step-*"))
+    found = [json.loads((folder / "incident.json").read_text()) for folder in folders]
+    assert replay(folders[0], Terminal("quiet")) == 0, "the row is kept with what its objective asked"
     assert found and all([s["number"] for s in i["samples"]] == [3] for i in found)
     assert all(math.isfinite(loss) for loss in out.summary["losses"][-3:])
     assert [r["applied"] for r in records(tmp_path / "run")].count(False) == len(found) == 2
