@@ -19,6 +19,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from lensmith.config.yaml_file import Tree
 from lensmith.core.encoded import IGNORED
 from lensmith.core.errors import ConfigError, DataError, ModelError
 from lensmith.core.sample import Sample
@@ -28,6 +29,7 @@ from lensmith.recipe.export import export
 from lensmith.recipe.prepare import prepare
 from lensmith.recipe.reference import Known
 from lensmith.recipe.replay import replay
+from lensmith.recipe.run import from_tree
 from lensmith.report.terminal import Terminal
 
 LORA: dict[str, Any] = {"kind": "lora", "rank": 4}
@@ -252,8 +254,7 @@ def test_layouts_have_one_trajectory(tmp_path: Path, qwen25: Path, data: dict[st
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_the_reference_may_come_from_anywhere(tmp_path: Path, qwen25: Path, data: dict[str, Path], name: str) -> None:
     """Cached, under a disabled adapter, a frozen copy, and the same model named as another one."""
-    kinds = ({"kind": "cached"}, {"kind": "adapter"}, {"kind": "frozen"}, {"kind": "cached", "model": str(qwen25)},
-             {"kind": "frozen", "model": str(qwen25)})  # fmt: skip
+    kinds = ({"kind": "cached"}, {"kind": "adapter"}, {"kind": "frozen"}, {"kind": "cached", "model": str(qwen25)})
     found = []
     for n, reference in enumerate(kinds):
         over = {
@@ -274,13 +275,14 @@ def test_the_reference_may_come_from_anywhere(tmp_path: Path, qwen25: Path, data
 def test_another_model_as_the_reference(tmp_path: Path, qwen25: Path, data: dict[str, Path]) -> None:
     """It is what the answers are measured against: kept apart in the cache, and another loss from the first step on."""
     other = tiny.make_model(tmp_path / "other", seed=7)
-    found = {}
-    for kind in ("cached", "frozen"):
-        objective = {"kind": "dpo", "reference": {"kind": kind, "model": str(other)}}
-        found[kind] = runs.quiet_train(run_of(tmp_path / kind, qwen25, data, objective)).summary["losses"]
+    objective = {"kind": "dpo", "reference": {"model": str(other)}}
+    run = run_of(tmp_path / "run", qwen25, data, objective, tune=LORA)
+    found = runs.quiet_train(run).summary["losses"]
+    plain = Plain(run, other, "lora")
+    plain.model = Plain(run, qwen25, "lora").model
+    assert found == pytest.approx(plain.train(plain_dpo)[0], abs=1e-5)
     itself = runs.quiet_train(run_of(tmp_path / "itself", qwen25, data, {"kind": "dpo"})).summary["losses"]
-    assert found["cached"] == pytest.approx(found["frozen"], abs=1e-5)
-    assert itself[0] == pytest.approx(math.log(2), abs=1e-6) and abs(found["cached"][0] - itself[0]) > 1e-2
+    assert itself[0] == pytest.approx(math.log(2), abs=1e-6) and abs(found[0] - itself[0]) > 1e-2
     assert len(list((tmp_path / "cache").glob("reference-*.parquet"))) == 2
     with pytest.raises(ModelError, match="REFERENCE"):
         qwen2 = tiny.make_model(tmp_path / "qwen2", "qwen2_vl")
@@ -339,6 +341,65 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, qwen25: Path, data: dict
             ).read_bytes() == final.read_bytes()
         else:
             assert resumed.summary["losses"] == pytest.approx(whole.summary["losses"], abs=1e-5)
+
+
+def curriculum(folder: Path, base: Path, data: dict[str, Path], rate: float = 1e-3) -> Any:
+    """ORPO, then DPO with the same adapter."""
+    stages = [
+        {"name": "first", "objective": {"kind": "orpo"}, "optimizer": {"lr": rate}},
+        {"name": "second", "objective": {"kind": "dpo"}},
+    ]
+    values: dict[str, Any] = {
+        "model": {"path": str(base)}, "tune": LORA, "precision": {"preset": "fp32"}, "optimizer": {"lr": 1e-3},
+        "data": {"train": str(data["pairs"]), "max_tokens": 512, "workers": 0, "cache": str(folder.parent / "cache")},
+        "batch": {"samples": 6, "device_tokens": 1024}, "save": {"every_steps": 1, "keep_last": 20},
+        "train": {"epochs": None, "max_steps": 3, "device": "cpu", "threads": 1}, "stages": stages,
+        "output": str(folder),
+    }  # fmt: skip
+    return from_tree(Tree(values), None)
+
+
+def test_the_reference_of_a_stage_is_what_it_began_with(tmp_path: Path, qwen25: Path, data: dict[str, Path]) -> None:
+    """Also when it is resumed, with the cache and without, and where another first stage was run in the same folder."""
+    whole = runs.quiet_train(curriculum(tmp_path / "whole", qwen25, data)).summary["losses"]
+    assert whole[3] == pytest.approx(math.log(2), abs=1e-6) and whole[4] < whole[3]
+    for cached in (True, False):
+        folder = tmp_path / f"again-{cached}"
+        later = shutil.ignore_patterns("step-00000005", "step-00000006")
+        shutil.copytree(tmp_path / "whole", folder, ignore=later)
+        if not cached:
+            shutil.rmtree(tmp_path / "cache")
+        again = runs.quiet_train(curriculum(folder, qwen25, data)).summary["losses"]
+        assert again == (whole if cached else pytest.approx(whole, abs=1e-6))
+    shutil.rmtree(tmp_path / "whole")
+    other = runs.quiet_train(curriculum(tmp_path / "whole", qwen25, data, rate=5e-3)).summary["losses"]
+    assert other[3] == pytest.approx(math.log(2), abs=1e-6) and other[:3] != whole[:3]
+
+
+def test_an_adapter_that_goes_on_is_part_of_the_reference(tmp_path: Path, qwen25: Path, data: dict[str, Path]) -> None:
+    """Known by its weights, not by its path; a named model is asked as it is."""
+    for seed in (1, 2):
+        shutil.rmtree(tmp_path / "first", ignore_errors=True)
+        first = run_of(tmp_path / "first", qwen25, data, {"kind": "orpo"}, tune=LORA, train={"seed": seed})
+        runs.quiet_train(first)
+        shutil.copytree(tmp_path / "first/checkpoints/step-00000004/model", tmp_path / "adapter", dirs_exist_ok=True)
+        tune = {"kind": "lora", "adapter": str(tmp_path / "adapter")}
+        out = runs.quiet_train(run_of(tmp_path / f"dpo-{seed}", qwen25, data, {"kind": "dpo"}, tune=tune))
+        assert out.summary["losses"][0] == pytest.approx(math.log(2), abs=1e-6)
+    named = {"kind": "dpo", "reference": {"model": str(qwen25)}}
+    out = runs.quiet_train(run_of(tmp_path / "named", qwen25, data, named, tune=tune))
+    assert abs(out.summary["losses"][0] - math.log(2)) > 1e-2
+
+
+def test_kto_with_a_cache_that_holds_few_pictures(tmp_path: Path, qwen25: Path, data: dict[str, Path]) -> None:
+    """The rows of mismatched answers get their pictures one after the other."""
+    over: dict[str, Any] = {"tune": {"kind": "freeze", "train": ["language"]}, "batch": {"device_tokens": 512}}
+    small = runs.merge(over, {"vision_cache": {"memory_mb": 0}})
+    found = [
+        runs.quiet_train(run_of(tmp_path / name, qwen25, data, OBJECTIVES["kto"], **values)).summary["losses"]
+        for name, values in (("all", over), ("few", small))
+    ]
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
 def test_each_picture_is_encoded_once_and_the_prompt_too(tmp_path: Path, qwen25: Path, data: dict[str, Path]) -> None:

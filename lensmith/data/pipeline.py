@@ -150,7 +150,9 @@ class Pipeline:
         ranks = place(tokens, patches, costs, clusters, ranks=self.ranks, limits=self.limits)
         each = [[float(costs[list(row)].sum()) for row in rows if row] for rows in ranks]
         cost = Cost(float(costs.sum()), _spread([sum(c) for c in each]), _spread([c for rank in each for c in rank]))
-        others = np.roll(m, 1).tolist() if self.index.spec.mismatched else [None] * len(m)
+        others: list[int | None] = [None] * len(m)
+        if self.index.spec.mismatched:  # a sample's own answer is none
+            others = [o if o != n else None for n, o in zip(m.tolist(), np.roll(m, 1).tolist(), strict=True)]
         return [[self.member(int(m[i]), others[i]) for i in row] for row in ranks[self.rank]], cost
 
     def member(self, number: int, other: int | None = None) -> Member:

@@ -9,7 +9,7 @@ Names and file are those that LLaMA-Factory and earlier TRL write beside a model
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,16 +33,20 @@ class ValueHead(nn.Module):
             return self.summary(hidden_NH.to(self.summary.weight.dtype))[:, 0].float()
 
 
-def make(hidden: int, device: torch.device, seed: int, folder: Path) -> ValueHead:
-    """As the model folder has it; else weights of variance 1 / (H + 1) (arXiv 2009.01325, appendix) and no bias.
-    Deterministic in `seed`, and the random state of the run stays as it is. Raises `ModelError` VALUE_HEAD."""
+def make(hidden: int, device: torch.device, seed: int, folders: Sequence[Path | None]) -> ValueHead:
+    """As the first of the folders has it that has one; else weights of variance 1 / (H + 1) (arXiv 2009.01325,
+    appendix) and no bias. Deterministic in `seed`, and the random state of the run stays as it is.
+
+    Raises `ModelError` VALUE_HEAD.
+    """
     head = ValueHead(hidden, device)
     with torch.no_grad():
         drawn = torch.randn(1, hidden, generator=torch.Generator().manual_seed(seed))
         head.summary.weight.copy_(drawn / (hidden + 1) ** 0.5)
         head.summary.bias.zero_()
-        if (folder / FILE).is_file():
-            _load(head, folder / FILE)
+        files = [folder / FILE for folder in folders if folder is not None and (folder / FILE).is_file()]
+        if files:
+            _load(head, files[0])
     return head
 
 

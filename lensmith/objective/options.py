@@ -39,8 +39,6 @@ class Frozen(Part):
     """A second copy of the weights, in each step."""
 
     kind: Literal["frozen"] = "frozen"
-    model: str | None = None
-    """Folder or Hub name of another model of the same family, to be asked instead."""
 
 
 Reference = Annotated[Cached | Adapter | Frozen, Field(discriminator="kind"), choice("cached")]
@@ -135,11 +133,11 @@ def reference_of(objective: NextToken | DPO | ORPO | SimPO | KTO | Reward) -> Ca
     return objective.reference if isinstance(objective, (DPO, KTO)) else None
 
 
-PAIR_FIGURES = ("reward_chosen", "reward_rejected", "margin", "accuracy")
+PAIR_FIGURES = ("accuracy", "margin", "reward_chosen")
 
 
 def figures_of(objective: NextToken | DPO | ORPO | SimPO | KTO | Reward) -> tuple[str, ...]:
     """What an objective says of held-out answers beside its loss, and a run may go by: larger is better."""
     if compares(objective) is None:
         return ()
-    return ("reward_good", "reward_bad") if objective.kind == "kto" else PAIR_FIGURES
+    return ("reward_good",) if objective.kind == "kto" else PAIR_FIGURES

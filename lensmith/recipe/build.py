@@ -185,7 +185,8 @@ def assemble(
     part_of = _parts(run, prepared.family)
     if isinstance(run.objective, Reward):
         width = model.config.get_text_config().hidden_size
-        tuned.value_head = value_head.make(width, device, run.train.seed, prepared.model_folder)
+        beside = adapter_folders(prepared.located).adapter
+        tuned.value_head = value_head.make(width, device, run.train.seed, [beside, prepared.model_folder])
     _check_rates(run, [part_of(name) for name, _ in tuned.trainable()])
     if is_tied(model) and "head" in run.precision.parts:
         raise ConfigError("PRECISION", "precision.parts.head: the head of this model is its embedding",

@@ -3,6 +3,7 @@ model of this step is from the reference."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lensmith.checkpoint.store import MANIFEST, Published, read_manifest
 from lensmith.core.encoded import PackedRow
 from lensmith.data.pipeline import Pipeline
 from lensmith.engine.progress import Progress
-from lensmith.engine.state import read_progress
+from lensmith.engine.state import carry_state, read_progress
+from lensmith.model.options import Lora
 from lensmith.objective.options import KTO, Cached, compares, reference_of
 from lensmith.objective.preference import log_probabilities
 from lensmith.recipe.reference import Computing, Known, References, evaluating, in_each_step, mismatched_of, other_model
@@ -36,10 +39,14 @@ def begin_comparing(stage: StageRun) -> Comparing | None:
 
 
 def _computed(stage: StageRun, asked: Cached) -> References:
-    border, resume = stage.start.border, stage.start.resume
-    found = References(stage.prepared, stage.ranks, stage.terminal, "" if border is None else str(border.folder))
+    border, resume = _border(stage), stage.start.resume
+    manifest = b"" if border is None else (border.folder / MANIFEST).read_bytes()
+    begun_from = hashlib.sha256(manifest).hexdigest() if manifest else ""
+    found = References(stage.prepared, stage.ranks, stage.terminal, begun_from)
 
     def with_model() -> Computing:
+        if border is not None and stage.start.border is None:  # the run's own state, read later, goes over it
+            carry_state(border.folder / "state", stage.built.optimizer, moments=False)
         if asked.model is not None:
             return other_model(stage.prepared, asked.model)
         forward = stage.built.forward
@@ -53,6 +60,18 @@ def _computed(stage: StageRun, asked: Cached) -> References:
         stage.warm(Pipeline(stage.prepared.train, plan, stage.prepared.limits))
         found.complete(with_model, plan, p)
     return found
+
+
+def _border(stage: StageRun) -> Published | None:
+    """The checkpoint of the stage before whose parameters this one began with, also when it goes on later; None where
+    they are in its model folder."""
+    if stage.start.border is not None or stage.start.resume is None or not stage.number:
+        return stage.start.border
+    before, mine = (stage.session.located.stages[n].run.tune for n in (stage.number - 1, stage.number))
+    if isinstance(before, Lora) and before != mine:
+        return None
+    folder = stage.store.path(stage.session.borders[stage.number - 1])
+    return Published(folder, read_manifest(folder))
 
 
 class Comparing:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from lensmith.parallel.cost import Layout, Tensor
 from lensmith.recipe.memory import Phase, Prediction
 
+EXCHANGING_BYTES = 150 << 20
+"""Beside tensors, of a process on a CPU that exchanges with others: what two ranks took more than was predicted,
+on average over four (docs/scaling.md)."""
 GATHERED_UNITS = 2
 """Units that are whole at once: the one that computes and the one that is fetched ahead."""
 
@@ -48,6 +51,7 @@ def _of_phase(phase: Phase, layout: Layout, tensors: Sequence[Tensor], *, host: 
         kinds |= {"vision cache": phase.features, "allocator": phase.allocator}
     if layout.ranks > 1:
         _spread(kinds, phase.name, layout, tensors)
+        kinds["allocator"] += EXCHANGING_BYTES if host else 0
     return RankMemory(phase.name, {kind: size for kind, size in kinds.items() if size > 0})
 
 
@@ -98,5 +102,5 @@ def _reducing(found: Prediction, tensors: Sequence[Tensor], *, host: bool) -> Ra
     gradients = sum(t.count * t.gradient for t in tensors if t.trained)
     kinds |= {"gradients": gradients, "exchange": gradients}
     if host:
-        kinds |= {"vision cache": before.features, "allocator": before.allocator}
+        kinds |= {"vision cache": before.features, "allocator": before.allocator + EXCHANGING_BYTES}
     return RankMemory("Sum of gradients", {kind: size for kind, size in kinds.items() if size})

@@ -13,10 +13,11 @@ engine. A resumed run loads the same base before its own state, so what is missi
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from lensmith.data.plan import Plan, Step
 from lensmith.engine.progress import Progress
 from lensmith.model import precision
 from lensmith.model.load import base_dtype, load_model, widest_dtype
+from lensmith.model.lora import Folders
 from lensmith.model.root import MOST_POSITIONS, Autocast, Root
 from lensmith.model.source import resolve
 from lensmith.objective.options import KTO, Adapter, Cached, Frozen, reference_of
@@ -42,6 +44,7 @@ from lensmith.parallel.ranks import Ranks
 from lensmith.recipe.build import Built, data_workers, device_of, loading_of, objective_of
 from lensmith.recipe.held_out import held_plan
 from lensmith.recipe.identity import sampled_weights
+from lensmith.recipe.methods import adapter_folders
 from lensmith.recipe.prepare import Prepared, cache_folder
 from lensmith.recipe.spread import Evened
 from lensmith.recipe.together import shared_steps
@@ -49,6 +52,9 @@ from lensmith.report.terminal import Terminal
 
 ROWS_AT_ONCE = 8
 """Rows of each rank that are placed together in the pass before training."""
+
+NOT_SAID = ("files", "family", "tokenizer_json", "roots", "max_row_bytes", "decode", "decode_timeout", "mismatched")
+"""Of what a loader is told, what changes no answer's log-probability; the tokenizer is said by its digest."""
 
 SCHEMA = pa.schema([("digest", pa.int64()), ("stamp", pa.int64()), ("other", pa.int64()),
                     ("first", pa.float32()), ("second", pa.float32())])  # fmt: skip
@@ -76,11 +82,11 @@ class Known:
     def _read(self, table: pa.Table) -> None:
         digest, stamp, other, first, second = (table.column(n).to_numpy() for n in SCHEMA.names)
         own = np.flatnonzero(other == 0)
-        own = own[np.argsort(digest[own], kind="stable")]
-        at = np.searchsorted(digest[own], self._digest)
-        found = np.minimum(at, max(len(own) - 1, 0))
+        keys = _key(digest[own], stamp[own])
+        order = np.argsort(keys, kind="stable")
+        own, keys = own[order], keys[order]
         if len(own):
-            place = own[found]
+            place = own[np.minimum(np.searchsorted(keys, _key(self._digest, self._stamp)), len(own) - 1)]
             same = (digest[place] == self._digest) & (stamp[place] == self._stamp)
             self.values_N2[same, 0], self.values_N2[same, 1] = first[place[same]], second[place[same]]
         numbers = {int(d): n for n, d in enumerate(self._digest.tolist())} if len(own) < len(other) else {}
@@ -93,10 +99,7 @@ class Known:
         members = step.members
         if np.isnan(self.values_N2[members, : 1 + self.pairs]).any():
             return False
-        others = np.roll(members, 1)
-        return not mismatched or all(
-            pair in self.mismatched for pair in zip(members.tolist(), others.tolist(), strict=True)
-        )
+        return not mismatched or all(pair in self.mismatched for pair in pairs_of(step))
 
     def learn(self, of: Compared, logp_B: np.ndarray) -> None:
         if (of.other_B >= 0).any():
@@ -119,10 +122,15 @@ class Known:
         every = ranks.gather_tensor(mine, "share the reference").numpy()
         found = np.fmax.reduce(every, axis=0)  # NaN where no rank knows
         self.values_N2 = found.reshape(-1, 2).astype(np.float32)
-        said: list[Any] = ranks.gather_json(
-            [[a, b, value] for (a, b), value in self.mismatched.items()], "share the reference"
-        )
+        mine_too = [[a, b, v] for (a, b), v in self.mismatched.items() if not math.isnan(v)]
+        said: list[Any] = ranks.gather_json(mine_too, "share the reference")
         self.mismatched = {(int(a), int(b)): float(v) for rank in said for a, b, v in rank}
+
+    def give_up(self, steps: Sequence[Step]) -> None:
+        """Mismatched answers of these steps that are still not known never will be: too long, or not to be read."""
+        for step in steps:
+            for pair in pairs_of(step):
+                self.mismatched.setdefault(pair, math.nan)
 
     def write(self) -> None:
         """Put what is known beside what the file holds by now; readers see the old or the new file."""
@@ -168,6 +176,17 @@ class Known:
             raise RunError("REFERENCE", problem, where=self.index.origin(number), remedy="run again")
 
 
+def _key(digest: np.ndarray, stamp: np.ndarray) -> np.ndarray:
+    """64 bits of both, for sorting."""
+    return digest ^ (stamp * np.int64(0x1E3779B97F4A7C15))
+
+
+def pairs_of(step: Step) -> Iterator[tuple[int, int]]:
+    """Of each member, and the sample whose answer stands behind its prompt; a sample's own answer is none."""
+    pairs = zip(step.members.tolist(), np.roll(step.members, 1).tolist(), strict=True)
+    return (pair for pair in pairs if pair[0] != pair[1])
+
+
 @dataclass(frozen=True)
 class Computing:
     """What the pass before training needs of a model. `forward` gives the figures of a row's positions."""
@@ -195,16 +214,25 @@ class References:
         self.held = None if prepared.held is None else Known(prepared.held, self.train.file, pairs)
 
     def _mark(self, folder: Path, begun_from: str) -> str:
-        prepared, run = self.prepared, self.prepared.located.run
-        spec = prepared.train.spec
-        said = [sampled_weights(folder), begun_from, repr(prepared.family), spec.tokenizer_digest, spec.text_tokens,
-                spec.limits.model_dump(), spec.videos.model_dump(), run.precision.model_dump(mode="json"),
-                str(device_of(run).type), run.tune.model_dump(mode="json"), spec.compare]  # fmt: skip
+        prepared, located = self.prepared, self.prepared.located
+        run, spec, asked = located.run, prepared.train.spec, reference_of(located.run.objective)
+        other = asked.model if isinstance(asked, Cached) else None
+        adapters = adapter_folders(located) if other is None else Folders()
+        parts = [p for p in (adapters.adapter, *adapters.merge) if p is not None]
+        said = [
+            sampled_weights(folder), begun_from, repr(prepared.family), prepared.code and prepared.code.digest,
+            other is None, None if other else run.tune.model_dump(mode="json"), [sampled_weights(p) for p in parts],
+            {f.name: repr(getattr(spec, f.name)) for f in fields(spec) if f.name not in NOT_SAID},
+            spec.tokenizer_digest, run.precision.model_dump(mode="json"), device_of(run).type,
+        ]  # fmt: skip
         return hashlib.blake2b(repr(said).encode(), digest_size=12).hexdigest()
 
     def complete(self, with_model: Callable[[], Computing], plan: Plan, progress: Progress) -> None:
         """Compute what is missing for the steps from here on and for the held-out samples. All ranks together."""
         mismatched = self.prepared.train.spec.mismatched
+        for known in (self.train, self.held):  # each machine may have a cache of its own
+            if known is not None:
+                known.share(self.ranks)
         steps = list(self._missing(_until_end(plan, progress), plan.num_samples, mismatched))
         held = [] if self.held is None else list(self._missing_held(self.held, mismatched))
         total = sum(len(s.members) for s in chain(steps, held))
@@ -216,6 +244,8 @@ class References:
                 if known is not None and todo:
                     self._compute(computing, known, todo, bar.advance)
                     known.share(self.ranks)
+                    if mismatched:
+                        known.give_up(todo)
                     if self.ranks.is_main:
                         known.write()
 
@@ -264,24 +294,22 @@ class References:
 
 def mismatched_of(
     rows: Sequence[PackedRow], root: Root, pipeline: Any, evened: Evened | None, ranks: Ranks
-) -> list[PackedRow]:
-    """The rows of mismatched answers that go with rows, with all that a forward pass needs. Where an engine spreads the
-    model, every rank gets as many, over the same modules."""
-    found: list[PackedRow | None] = []
-    for row in rows:
-        other = None if row.compared is None else row.compared.mismatched
-        if other is not None and other.compared is not None and not root.ready(other):
-            again = pipeline.reread(other.members, tuple(other.compared.other_B.tolist()))
-            other = None if again.compared is None else again.compared.mismatched
-        found.append(other)
-    if evened is None:
-        return [row for row in found if row is not None]
-    full = [evened.one(row) for row in found]
-    most = max((len(row.supervised_S) for row in full), default=0)
-    most = int(max(n for (n,) in ranks.gather([float(most)], "even the mismatched answers")))
-    for row in full:
-        row.meta[MOST_POSITIONS] = most
-    return full
+) -> Iterator[PackedRow]:
+    """The rows of mismatched answers that go with rows, each with all that a forward pass needs when it is given out.
+    Where an engine spreads the model, every rank gets as many, over the same modules."""
+    found = [None if row.compared is None else row.compared.mismatched for row in rows]
+    most = max((len(row.supervised_S) for row in found if row is not None), default=0)
+    if evened is not None:
+        most = int(max(n for (n,) in ranks.gather([float(most)], "even the mismatched answers")))
+    for row in found:
+        if row is not None and row.compared is not None and not root.ready(row):
+            again = pipeline.reread(row.members, tuple(row.compared.other_B.tolist()))
+            row = None if again.compared is None else again.compared.mismatched
+        if evened is not None:
+            row = evened.one(row)
+            row.meta[MOST_POSITIONS] = most
+        if row is not None:
+            yield row
 
 
 def _until_end(plan: Plan, progress: Progress) -> Iterator[Step]:
@@ -348,8 +376,7 @@ def in_each_step(prepared: Prepared, built: Built, asked: Adapter | Frozen) -> C
     root = built.root
     frozen = None
     if isinstance(asked, Frozen):
-        other = None if asked.model is None else other_folder(prepared, asked.model)
-        frozen = frozen_model(prepared, other or prepared.model_folder)
+        frozen = frozen_model(prepared, prepared.model_folder)
 
     @torch.no_grad()
     def tell(row: PackedRow) -> None:

@@ -172,9 +172,8 @@ class Run(Part):
                               remedy="set objective.reference: {kind: cached}")  # fmt: skip
         if reference is not None and reference.kind == "adapter" and isinstance(self.tune, Lora):
             self._base_is_reference(self.tune)
-        if reference is not None and reference.kind == "frozen" and isinstance(self.tune, Lora) and self.tune.quantize:
-            raise ConfigError("CONFIG", "objective.reference.kind frozen would keep a copy that is not quantised, and "
-                              "tune.quantize is set", remedy="set objective.reference: {kind: cached}")  # fmt: skip
+        if reference is not None and reference.kind == "frozen":
+            self._copy_is_reference()
         if reference is not None and reference.kind != "cached" and self.parallel.engine.kind != "local":
             raise ConfigError("CONFIG", f"objective.reference.kind {reference.kind} needs parallel.engine local",
                               remedy="set objective.reference: {kind: cached}")  # fmt: skip
@@ -184,6 +183,21 @@ class Run(Part):
         if isinstance(self.objective, KTO) and self.samples_per_step == 1:
             problem = "kto takes its KL from answers of other samples of a step, and batch.samples is 1"
             raise ConfigError("CONFIG", problem, remedy="raise batch.samples")
+
+    def _copy_is_reference(self) -> None:
+        """A copy of the model folder must be what training begins with."""
+        tune = self.tune if isinstance(self.tune, Lora) else Lora()
+        changed = {
+            "tune.quantize": tune.quantize is not None,
+            "tune.adapter": tune.adapter is not None,
+            "tune.merge": bool(tune.merge),
+            "model.add_tokens": bool(self.model.add_tokens),
+        }
+        if name := next((name for name, found in changed.items() if found), None):
+            problem = (
+                f"objective.reference.kind is frozen, but with {name} the model folder is not what training begins with"
+            )
+            raise ConfigError("CONFIG", problem, remedy="set objective.reference: {kind: cached}")
 
     def _base_is_reference(self, tune: Lora) -> None:
         """A model whose adapter is switched off must be what training began with."""
@@ -355,6 +369,14 @@ def from_tree(tree: Tree, file: Path | None, name: str = "run") -> Located:
         for number in range(len(listed))
     ]
     check_stages(names, [run.tune for run in runs])
+    for before, run, stage in zip(runs, runs[1:], listed[1:], strict=False):
+        asked = reference_of(run.objective)
+        if asked is not None and asked.kind != "cached" and isinstance(run.tune, Lora) and before.tune == run.tune:
+            problem = (
+                f"objective.reference.kind is {asked.kind}, and the adapter of the stage before goes on in this one"
+            )
+            raise ConfigError("CONFIG", f"stage {stage.name!r}: {problem}", where=tree.where(("stages",)),
+                              remedy="set objective.reference: {kind: cached}")  # fmt: skip
     return Located(runs[0], file, name, list(zip(listed, runs, strict=True)), tree)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lensmith.core.errors import ConfigError, DataError
-from lensmith.data.formats import Format, detect
+from lensmith.data.formats import Compare, Format, detect
 from lensmith.data.index import Index
 from lensmith.data.lanes import LaneSpec
 from lensmith.data.load import LoaderSpec, SourceFile
@@ -26,6 +26,7 @@ from lensmith.data.windows import (
     read_window,
     window_folders,
 )
+from lensmith.objective.options import compares
 from lensmith.recipe.run import Located
 
 DETECT_ROWS = 1000
@@ -47,7 +48,7 @@ def stream_spec(located: Located, loader: LoaderSpec) -> StreamSpec:
         name = source.name or _name(source.path, [shard.name for _, shard in shards])
         name = free_name(name, names)
         names.add(name)
-        kind = source.format or _detect([shard for _, shard in shards])
+        kind = source.format or _detect([shard for _, shard in shards], compares(run.objective))
         placed: list[tuple[int, Shard]] = []
         for base, shard in shards:
             file = SourceFile(name, "", kind, base, source.weight, source.max_samples, name)
@@ -184,14 +185,14 @@ def _name(path: str, shards: list[str]) -> str:
     return (last.rsplit(".", 1)[0] if len(shards) == 1 or is_hub(path) else last) or shown
 
 
-def _detect(shards: list[Shard]) -> Format:
+def _detect(shards: list[Shard], compare: Compare | None) -> Format:
     """By the first row that can be read. Raises DataError UNKNOWN_FORMAT, NO_ROWS, and what the shards raise."""
     wrong: DataError | None = None
     for shard in shards:
         try:
             for row in islice(shard.rows(), DETECT_ROWS):
                 if row.row is not None:
-                    return detect(row.row, row.origin)
+                    return detect(row.row, row.origin, compare)
                 wrong = wrong or row.error
         except DataError as error:
             if error.code != "NO_ROWS":
