@@ -26,6 +26,7 @@ from lensmith.core.sample import Sample
 from lensmith.model.root import Root
 from lensmith.model.tune import peft_is_quiet
 from lensmith.recipe.export import export
+from lensmith.recipe.memory import predict
 from lensmith.recipe.prepare import prepare
 from lensmith.recipe.reference import Known
 from lensmith.recipe.replay import replay
@@ -497,6 +498,19 @@ def test_a_value_head_goes_along(tmp_path: Path, qwen25: Path, data: dict[str, P
     runs.quiet_train(again)
     later = trained(tmp_path / "again")
     assert len(head) == 2 and all(torch.equal(later[n], v) for n, v in head.items())
+
+
+def test_a_frozen_copy_is_in_the_prediction_of_memory(tmp_path: Path, qwen25: Path, data: dict[str, Path]) -> None:
+    """The weights once more, in every phase but the loading of the model itself."""
+    found = []
+    for kind in ("cached", "frozen"):
+        run = run_of(tmp_path / kind, qwen25, data, {"kind": "dpo", "reference": {"kind": kind}}, tune=LORA)
+        prepared = prepare(run, Terminal("quiet"))
+        prediction = predict(prepared, prepared.train, prepared.plan)
+        assert prediction is not None
+        found.append([phase.kinds["weights"] for phase in prediction.phases])
+    size = sum(v.numel() * 4 for v in load_file(qwen25 / "model.safetensors").values())
+    assert [b - a for a, b in zip(*found, strict=True)] == [0, size, size, size]
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

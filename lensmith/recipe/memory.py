@@ -31,6 +31,7 @@ from lensmith.model.options import Lora
 from lensmith.model.root import CHUNK_VALUES
 from lensmith.model.tune import is_adapter
 from lensmith.model.vision_cache import VisionCache
+from lensmith.objective.options import Frozen, Objective, reference_of
 from lensmith.recipe.build import KEPT_BELOW, Built, assemble, device_of, loading_of, tuned
 from lensmith.recipe.folder import read_json
 from lensmith.recipe.methods import needs_values
@@ -110,10 +111,21 @@ def predict(prepared: Prepared, index: Index, plan: Plan, ranks: int = 1) -> Pre
         phases.append(_phase("Forward, backward", ledger))
         save_peak(ledger, built, adapters_only=isinstance(run.tune, Lora))
         phases.append(_phase("Save", ledger))
+    if (copy := _copy(built, run.objective)) > 0:
+        phases[1:] = [replace(p, kinds={**p.kinds, "weights": p.kinds.get("weights", 0) + copy}) for p in phases[1:]]
     features = _features(prepared, built, index, plan)
     if device.type == "cpu":
         phases[1:] = [replace(phase, features=features) for phase in phases[1:]]
     return Prediction(device, tuple(phases), features, row, built)
+
+
+def _copy(built: Built, objective: Objective) -> int:
+    """Bytes of a second copy of the weights, where the reference of a preference run is one."""
+    if not isinstance(reference_of(objective), Frozen):
+        return 0
+    part_of = built.root.family.part_of
+    named = [(n, p) for n, p in built.tuned.model.named_parameters() if not is_adapter(n)]
+    return sum(p.numel() * built.precision.of(precision.part_in(part_of, n)).frozen.itemsize for n, p in named)
 
 
 def _phase(name: str, ledger: Ledger) -> Phase:
