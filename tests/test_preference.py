@@ -308,6 +308,12 @@ def test_the_reference_is_computed_once(
     first = runs.quiet_train(run_of(tmp_path / "a", qwen25, data, OBJECTIVES[name], **over)).summary["losses"]
     assert sorted(asked) == list(range(20))
     asked.clear()
+    if name == "dpo":
+        (file,) = (tmp_path / "cache").glob("reference-*.parquet")
+        file.write_bytes(file.read_bytes()[:-20])
+        runs.quiet_train(run_of(tmp_path / "cut short", qwen25, data, OBJECTIVES[name], **over))
+        assert sorted(asked) == list(range(20))
+        asked.clear()
     assert runs.quiet_train(run_of(tmp_path / "b", qwen25, data, OBJECTIVES[name], **over)).summary["losses"] == first
     assert not asked
     longer = tmp_path / "longer.jsonl"

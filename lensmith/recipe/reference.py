@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -76,8 +77,8 @@ class Known:
     def __post_init__(self) -> None:
         self.values_N2 = np.full((len(self.index.trainable), 2), np.nan, np.float32)
         self._digest, self._stamp = self.index.column("digest"), self.index.column("stamp")
-        if self.file.is_file():
-            self._read(pq.read_table(self.file, schema=SCHEMA))
+        if (table := _table(self.file)) is not None:
+            self._read(table)
 
     def _read(self, table: pa.Table) -> None:
         digest, stamp, other, first, second = (table.column(n).to_numpy() for n in SCHEMA.names)
@@ -144,14 +145,14 @@ class Known:
                     "second": np.full(len(a), np.nan, np.float32)}  # fmt: skip
             rows = {name: np.concatenate([rows[name], more[name]]) for name in rows}
         tables = [pa.table(rows, schema=SCHEMA)]
-        if self.file.is_file():
-            tables.append(pq.read_table(self.file, schema=SCHEMA))
+        if (before := _table(self.file)) is not None:
+            tables.append(before)
         whole = pa.concat_tables(tables)
         keys = zip(*(whole.column(n).to_numpy().tolist() for n in ("digest", "stamp", "other")), strict=True)
         first = {key: n for n, key in reversed(list(enumerate(keys)))}
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
+            temporary = self.file.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
             pq.write_table(whole.take(pa.array(sorted(first.values()))), temporary)
             temporary.replace(self.file)
         except OSError as error:
@@ -174,6 +175,14 @@ class Known:
             number = int(of.sample_B[np.isnan(of.reference_B)][0])
             problem = "the reference knows nothing of this sample, which could not be read before training"
             raise RunError("REFERENCE", problem, where=self.index.origin(number), remedy="run again")
+
+
+def _table(file: Path) -> pa.Table | None:
+    """What a file holds; None for none, and for one that a crash of the machine has cut short."""
+    try:
+        return pq.read_table(file, schema=SCHEMA)
+    except (FileNotFoundError, pa.ArrowException):
+        return None
 
 
 def _key(digest: np.ndarray, stamp: np.ndarray) -> np.ndarray:
