@@ -443,6 +443,7 @@ def test_what_is_logged(tmp_path: Path, qwen25: Path, data: dict[str, Path]) -> 
             "margin",
             "accuracy",
             "kl",
+            "nll_chosen",
             "length_chosen",
             "length_rejected",
         }

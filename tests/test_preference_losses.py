@@ -168,9 +168,9 @@ def test_what_is_logged_by_hand() -> None:
     terms = objective.terms(nll_of(answers), compared_row(answers))
     assert [x.item() for x in terms["loss"]] == pytest.approx([nls(0.4) + 5 * nls(-1.5), 6]), "weighted"
     sums, counts = terms["by_source"]
-    assert objective.figures == PAIR_FIGURES and counts.tolist() == [[1, 1]] * 8
-    second = [nls(-1.5), -0.5, 1.0, -1.5, 0.0, -1.0 / 1, 1, 2]  # ratios -1 and 2: unweighted
-    first = [nls(0.4), 0.25, -0.15, 0.4, 1.0, 0.5 / 2, 2, 1]
+    assert objective.figures == PAIR_FIGURES and counts.tolist() == [[1, 1]] * 9
+    second = [nls(-1.5), -0.5, 1.0, -1.5, 0.0, -1.0 / 1, 2.0 / 1, 1, 2]  # ratios -1 and 2: unweighted
+    first = [nls(0.4), 0.25, -0.15, 0.4, 1.0, 0.5 / 2, 1.5 / 2, 2, 1]
     assert sums[:, 0].tolist() == pytest.approx(first) and sums[:, 1].tolist() == pytest.approx(second)
     sums, counts = made("simpo").terms(nll_of(answers), compared_row(answers, reference=False))["by_source"]
     at = PAIR_FIGURES.index("kl")

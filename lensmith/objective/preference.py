@@ -155,9 +155,11 @@ class _Answers:
 # -- objectives -------------------------------------------------------------------------------------------------------
 
 PAIR_FIGURES = (
-    "loss", "reward_chosen", "reward_rejected", "margin", "accuracy", "kl", "length_chosen", "length_rejected",
+    "loss", "reward_chosen", "reward_rejected", "margin", "accuracy", "kl", "nll_chosen", "length_chosen",
+    "length_rejected",
 )  # fmt: skip
-"""kl: log pi/ref for each token of the chosen answers: an estimate as far as the model itself would say them."""
+"""kl: log pi/ref for each token of the chosen answers: an estimate as far as the model itself would say them.
+nll_chosen: -log pi for each token of the chosen answers."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,8 @@ class _Pairs(_Answers):
         else:
             kl = _pairs(at.ratio_B.detach())[0] / lengths[0]
         values = torch.stack([
-            loss_P, chosen, rejected, chosen - rejected, (chosen > rejected).double(), kl, *lengths,
+            loss_P, chosen, rejected, chosen - rejected, (chosen > rejected).double(), kl,
+            -_pairs(at.logp_B.detach())[0] / lengths[0], *lengths,
         ])  # fmt: skip
         return by_source(values, at.source_B[0::2], at.num_sources)
 
