@@ -6,13 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import tiny
 
 from lensmith.config.yaml_file import Tree, parse_tree
 from lensmith.migrate.convert import Migrated, migrate
 
-DEMO = Path(__file__).parents[2] / "shared" / "data"
 """LLaMA-Factory's demo data, where it is at hand."""
 ROLES = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
 CHAT = {
@@ -138,6 +136,3 @@ def made(folder: Path, text: str = "", *, env: dict[str, str] | None = None, ove
 
 def decision(migrated: Migrated, key: str) -> Any:
     return next(d for d in migrated.decisions if d.key == key)
-
-
-demo = pytest.mark.skipif(not DEMO.is_dir(), reason="LLaMA-Factory's demo data is not at hand")
