@@ -23,12 +23,13 @@ from lensmith.config.yaml_file import Tree
 from lensmith.core.encoded import IGNORED
 from lensmith.core.errors import ConfigError, DataError, ModelError
 from lensmith.core.sample import Sample
+from lensmith.data.pipeline import Pipeline
 from lensmith.model.root import Root
 from lensmith.model.tune import peft_is_quiet
 from lensmith.recipe.export import export
+from lensmith.recipe.known import Known
 from lensmith.recipe.memory import predict
 from lensmith.recipe.prepare import prepare
-from lensmith.recipe.reference import Known
 from lensmith.recipe.replay import replay
 from lensmith.recipe.run import from_tree
 from lensmith.report.terminal import Terminal
@@ -407,6 +408,24 @@ def test_kto_with_a_cache_that_holds_few_pictures(tmp_path: Path, qwen25: Path, 
         for name, values in (("all", over), ("few", small))
     ]
     assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_mismatched_answers_fit_the_rows_too(tmp_path: Path, qwen25: Path) -> None:
+    """Short and long answers by turns: a row of short ones has the long ones behind its prompts."""
+    rows = [
+        {"prompt": [{"role": "user", "content": "Say more."}],
+         "completion": [{"role": "assistant", "content": "green circle " * (1 + 105 * (n % 2)) + str(n)}],
+         "label": n % 3 > 0}
+        for n in range(16)
+    ]  # fmt: skip
+    file = tmp_path / "labels.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    over = {"batch": {"samples": 16, "device_tokens": 300}, "data": {"max_tokens": 300}}
+    prepared = prepare(run_of(tmp_path / "run", qwen25, {"labels": file}, OBJECTIVES["kto"], **over), Terminal("quiet"))
+    steps = Pipeline(prepared.train, prepared.plan, prepared.limits).steps()
+    found = [row.compared for row in next(steps).rows if row.compared is not None]
+    most = max(of.mismatched.num_tokens for of in found if of.mismatched is not None)
+    assert len(found) < 16 and 240 < most <= 300
 
 
 def test_each_picture_is_encoded_once_and_the_prompt_too(tmp_path: Path, qwen25: Path, data: dict[str, Path]) -> None:

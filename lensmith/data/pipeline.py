@@ -144,6 +144,9 @@ class Pipeline:
         if not len(m):
             return [], Cost()
         tokens, patches = self._tokens[m], self._patches[m]
+        if self.index.spec.mismatched:  # the row of the other answers must fit too
+            answers = self.index.column("supervised")[m]
+            tokens = np.maximum(tokens, tokens - answers + np.roll(answers, 1))
         costs = tokens + patches / 4.0
         # clusters show the same pictures, all of them: others' patches would count against device_patches only once
         clusters = np.where(self._looks[m] == 0, -1, self._looks[m])

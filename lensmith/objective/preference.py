@@ -9,6 +9,7 @@ Shape letters: B sequences of a row, P pairs. log pi(y | x): sum over the answer
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -96,6 +97,10 @@ class Sequences:
         assert of is not None
         sequence_S = torch.from_numpy(of.sequence_S).to(device, torch.long)
         reference = None if of.reference_B is None else torch.from_numpy(of.reference_B).to(device).double()
+        if (
+            reference is not None
+        ):  # behind an infinite ratio some losses are flat, and the answer would silently not train
+            reference = torch.where(reference.isfinite(), reference, torch.nan)
         return cls(
             of,
             -nll_S.new_zeros(len(of.role_B), dtype=torch.float64).index_add(0, sequence_S, nll_S.double()),
@@ -163,7 +168,7 @@ nll_chosen: -log pi for each token of the chosen answers."""
 
 
 @dataclass(frozen=True)
-class _Pairs(_Answers):
+class _Pairs(_Answers, ABC):
     """Pairs of answers. `sft`: weight of the likelihood of the chosen answers beside the loss."""
 
     beta: float
@@ -178,13 +183,13 @@ class _Pairs(_Answers):
     def figures(self) -> tuple[str, ...]:
         return PAIR_FIGURES
 
+    @abstractmethod
     def rewards(self, at: Sequences) -> Tensor:
         """Implicit reward of each answer [B]: what is logged."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(self, at: Sequences) -> Tensor:
         """Of each pair [P]."""
-        raise NotImplementedError
 
     def terms(self, at_SK: Tensor, row: PackedRow) -> Terms:
         if row.compared is None:

@@ -19,7 +19,8 @@ from lensmith.engine.state import carry_state, read_progress
 from lensmith.model.options import Lora
 from lensmith.objective.options import KTO, Cached, compares, reference_of
 from lensmith.objective.preference import log_probabilities
-from lensmith.recipe.reference import Computing, Known, References, evaluating, in_each_step, mismatched_of, other_model
+from lensmith.recipe.known import Known
+from lensmith.recipe.reference import Computing, References, evaluating, in_each_step, mismatched_of, other_model
 
 if TYPE_CHECKING:
     from lensmith.recipe.stage import StageRun
@@ -109,7 +110,8 @@ class Comparing:
         with evaluating(root):
             ratios = np.concatenate([np.zeros(0), *(self._ratios(other, known) for other in others)])
         said = stage.ranks.gather(
-            [float(np.nansum(ratios)), float((~np.isnan(ratios)).sum())], "agree on the KL to the reference"
+            [float(ratios[np.isfinite(ratios)].sum()), float(np.isfinite(ratios).sum())],
+            "agree on the KL to the reference",
         )
         count = sum(n for _, n in said)
         if count:  # behind an exclusion nothing may be known of a step's pairs: the last figure stands
