@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lensmith.data.pipeline import Pipeline
+from lensmith.engine import lean
 from lensmith.model.memory import KINDS, Kind, Ledger, make_fake, without_values
 from lensmith.recipe import memory as of_run
 from lensmith.recipe.build import build
@@ -204,6 +205,15 @@ def test_moments_in_half_precision_and_updates_one_parameter_at_a_time(data: Pat
     assert kept + 4 * 4 * max(sizes) <= phases["Update"]["optimizer"] <= kept + 6 * 4 * max(sizes)
 
 
+def test_updates_without_masters_go_slice_by_slice(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lean, "SLICE", 1000)
+    found = prediction(prepared_run(tmp_path, data, precision={"preset": "bf16-params-compensated"}))
+    phases = {phase.name: phase.kinds["optimizer"] for phase in found.phases if phase.name != "Loading"}
+    assert phases["Update"] <= phases["Save"] + 6 * 4 * 1000
+
+
 def test_recomputing_needs_less(data: Path, tmp_path: Path) -> None:
     found = [
         prediction(prepared_run(tmp_path, data, train={"recompute": on}, batch={"device_tokens": 2048}))
@@ -211,6 +221,15 @@ def test_recomputing_needs_less(data: Path, tmp_path: Path) -> None:
     ]
     plain, less = (f.phases[2].kinds["activations"] for f in found)
     assert less < 0.7 * plain
+
+
+def test_casts_go_with_their_block_where_blocks_are_recomputed(data: Path, tmp_path: Path) -> None:
+    found = [
+        prediction(prepared_run(tmp_path, data, train={"recompute": on}, precision={"preset": "bf16"}))
+        for on in (False, True)
+    ]
+    plain, less = (f.phases[2].kinds["casts"] for f in found)
+    assert less < 0.25 * plain
 
 
 def test_no_memory_is_taken(tmp_path: Path, data: Path) -> None:
@@ -259,7 +278,7 @@ def test_check_shows_precision_and_memory(data: Path, tmp_path: Path, capsys: py
     check(prepared.located, Terminal("json"))
     events = {e["event"]: e for e in map(json.loads, capsys.readouterr().out.splitlines())}
     rows = {row["Part"]: row for row in events["precision"]["rows"]}
-    frozen = {"On disk": "bf16", "Frozen": "bf16", "Trained": "–", "Compute": "bf16", "Gradients": "–", "Saved": "bf16"}
+    frozen = {"On disk": "bf16", "Frozen": "bf16", "Trained": "–", "Compute": "bf16", "Gradients": "–", "Saved": "–"}
     assert rows["language"].items() >= frozen.items()
     adapter = {"On disk": "–", "Frozen": "–", "Trained": "fp32", "Gradients": "fp32", "Optimizer": "fp32"}
     assert rows["adapter"].items() >= {**adapter, "Saved": "fp32"}.items()

@@ -15,6 +15,9 @@ import torch
 
 from lensmith.engine.options import AdamW
 
+SLICE = 1 << 24
+"""Values updated at once. An update holds up to 24 bytes for each in float32: 384 MiB."""
+
 
 @dataclass
 class LeanState:
@@ -30,7 +33,7 @@ class LeanState:
 
 
 class LeanAdamW:
-    """One parameter at a time: AdamW's formulas (arXiv 1711.05101) in float32, results rounded into what is kept.
+    """One slice of a parameter at a time: AdamW's formulas (arXiv 1711.05101) in float32, results rounded into what is kept.
 
     The random numbers of an update are a function of seed, name and number of the update: a resumed run has the same.
     """
@@ -50,29 +53,48 @@ class LeanAdamW:
     def step(self, name: str, p: torch.Tensor, lr: float, weight_decay: float) -> None:
         if p.grad is None:
             return
-        s, (b1, b2), grad = self.state[name], self.betas, p.grad.float()
+        s = self.state[name]
         s.step += 1
         count = int(s.step)
-        m = s.exp_avg.float().lerp_(grad, 1 - b1)
-        v = s.exp_avg_sq.float().mul_(b2).addcmul_(grad, grad, value=1 - b2)
-        value = self.value(name, p).mul_(1 - lr * weight_decay)
+        random = self._random(name, count, p.device)
+        kept = [t if t is None else t.view(-1) for t in (p.detach(), s.exp_avg, s.exp_avg_sq, s.residual)]
+        grad = p.grad.reshape(-1)
+        for begin in range(0, p.numel(), SLICE):
+            own = [t if t is None else t[begin : begin + SLICE] for t in kept]
+            self._step(s.update, *own, grad[begin : begin + SLICE], count, lr, weight_decay, random)  # type: ignore[arg-type]
+
+    def _step(
+        self,
+        update: str,
+        p: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        residual: torch.Tensor | None,
+        grad: torch.Tensor,
+        count: int,
+        lr: float,
+        weight_decay: float,
+        random: torch.Generator,
+    ) -> None:
+        """The `count`th update of a slice."""
+        (b1, b2), grad = self.betas, grad.float()
+        m = exp_avg.float().lerp_(grad, 1 - b1)
+        v = exp_avg_sq.float().mul_(b2).addcmul_(grad, grad, value=1 - b2)
+        value = _whole(p, residual).mul_(1 - lr * weight_decay)
         denominator = (v / (1 - b2**count)).sqrt_().add_(self.eps)
         value.addcdiv_(m, denominator, value=-lr / (1 - b1**count))
-        random = self._random(name, count, p.device)
-        _store(s.exp_avg, m, random)
-        _store(s.exp_avg_sq, v, random)
-        if s.residual is not None:
-            _split(value, p, s.residual)
-        elif s.update == "stochastic":
+        _store(exp_avg, m, random)
+        _store(exp_avg_sq, v, random)
+        if residual is not None:
+            _split(value, p, residual)
+        elif update == "stochastic":
             _store(p, value, random)
         else:  # plain float32 parameters whose moments are kept in half precision
             p.copy_(value)
 
     def value(self, name: str, p: torch.Tensor) -> torch.Tensor:
         """The parameter in float32, with what rounding took away."""
-        residual = self.state[name].residual
-        value = p.detach().to(torch.float32, copy=True)
-        return value if residual is None else value.add_(residual)
+        return _whole(p, self.state[name].residual)
 
     @torch.no_grad()
     def load(self, name: str, p: torch.Tensor, value: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
@@ -87,6 +109,11 @@ class LeanAdamW:
     def _random(self, name: str, count: int, device: torch.device) -> torch.Generator:
         digest = hashlib.blake2b(f"{self.seed} {count} {name}".encode(), digest_size=7).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+
+
+def _whole(p: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    value = p.detach().to(torch.float32, copy=True)
+    return value if residual is None else value.add_(residual)
 
 
 def _residual(value: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lensmith.core.encoded import IMAGE, PackedRow
 from lensmith.model.attention import AttentionPlan
+from lensmith.model.value_head import NAME as HEAD_NAME
 from lensmith.model.vision_cache import VisionCache, feature_key
 
 CHUNK_VALUES = 1 << 26
@@ -60,13 +61,19 @@ VisionMode = Literal["trained", "projector", "frozen"]
 
 @dataclass(frozen=True)
 class Autocast:
-    """`dtype` None: compute in the parameters' own type."""
+    """`dtype` None: compute in the parameters' own type.
+
+    `reuse`: a cast weight stays until the forward pass ends. Where blocks are computed again in the backward pass nothing
+    else would keep it that long, so there it goes with its block.
+    """
 
     device: str
     dtype: torch.dtype | None
+    reuse: bool = True
 
-    def __call__(self) -> torch.autocast:
-        return torch.autocast(self.device, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+    def __call__(self, reuse: bool | None = None) -> torch.autocast:
+        dtype, reuse = self.dtype or torch.bfloat16, self.reuse if reuse is None else reuse
+        return torch.autocast(self.device, dtype=dtype, enabled=self.dtype is not None, cache_enabled=reuse)
 
 
 class Root(nn.Module):
@@ -103,6 +110,16 @@ class Root(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def named(self) -> nn.Module:
+        """The modules under the names that their parameters have: the model's, and a value head beside them."""
+        if self.value_head is None:
+            return self.model
+        found = nn.Module()
+        for name, module in [*self.model.named_children(), (HEAD_NAME, self.value_head)]:
+            found.add_module(name, module)
+        return found
 
     def ready(self, row: PackedRow) -> bool:
         """Every picture of the row has pixels, or features that stay until the next row is asked for. False when some
@@ -190,7 +207,7 @@ class Root(nn.Module):
                 new = self._encode(pixels, [grids[i] for i in of], [row.image_views[i] for i in of])
                 for (_, i), value in zip(group, new, strict=True):
                     found[i] = value
-                    if self.cache is not None:
+                    if self.cache is not None and bool(torch.isfinite(value).all()):
                         self.cache.put(keys[i], value)
         return [found[i] for i in range(len(keys))]
 
@@ -212,7 +229,8 @@ class Root(nn.Module):
             return at(hidden_SH, target_S)
         cuts = tuple(range(rows, chunks * rows, rows))
         each = zip(hidden_SH.tensor_split(cuts), target_S.tensor_split(cuts), strict=True)
-        return torch.cat([checkpoint(at, *chunk, use_reentrant=False) for chunk in each])  # type: ignore[misc]
+        with self.autocast(reuse=True):  # all chunks have the same weight
+            return torch.cat([checkpoint(at, *chunk, use_reentrant=False) for chunk in each])  # type: ignore[misc]
 
 
 def vision_mode(model: nn.Module, family: VisionLanguage) -> VisionMode:

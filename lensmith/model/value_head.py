@@ -18,7 +18,8 @@ from torch import nn
 from lensmith.core.errors import ModelError
 
 FILE = "value_head.safetensors"
-PREFIX = "v_head."
+NAME = "v_head"
+PREFIX = f"{NAME}."
 
 
 class ValueHead(nn.Module):

@@ -203,7 +203,8 @@ def assemble(
     precision.verify(model, plan, prepared.family.part_of)
     _prepare_blocks(model, prepared)
     precision.PartCompute(plan, device).attach(model, prepared.family.part_of)
-    autocast = Autocast(device.type, None if plan.compute == torch.float32 else plan.compute)
+    compute = None if plan.compute == torch.float32 else plan.compute
+    autocast = Autocast(device.type, compute, reuse=not run.train.recompute)
     root = Root(model, prepared.family, objective_of(run.objective), autocast=autocast, value_head=tuned.value_head)
     if run.train.neftune_alpha is not None:
         add_noise(root, run.train.neftune_alpha)
