@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks_kit
 import runs
 import test_family_qwen as qwen
 import tiny
@@ -511,7 +512,7 @@ def test_each_segment_by_itself() -> None:
         alone = decayed(x[:, places], position[:, :, places])[0, :, 0]
         expected[range(*own)] = alone[len(before) :]
     assert torch.equal(out, expected)
-    assert sorted(calls) == [(1, 3), (2, 6)]  # the prefix by itself is not computed
+    assert calls == [(3, 6)]  # the prefix by itself is not computed
 
 
 def test_neighbours_have_no_gradient() -> None:
@@ -519,6 +520,25 @@ def test_neighbours_have_no_gradient() -> None:
     plan = AttentionPlan((Segment(0, 2), Segment(2, 2, 0, 2), Segment(4, 2, 0, 2)), 6, causal=True)
     each_by_itself(x, torch.ones(3, 1, 6), plan, decayed)[0, 5].backward()
     assert x.grad is not None and x.grad[0, :, 0].tolist() == [0.125, 0.25, 0, 0, 0.5, 1]
+
+
+def test_pairs_on_ranks_that_share_the_parameters(tmp_path: Path) -> None:
+    """Answers of very different lengths: all ranks gather the parameters equally often, or the run hangs."""
+    base, rows = tiny_minicpm4.make_model(tmp_path / "model"), []
+    for n, (chosen, rejected) in enumerate([(1, 1), (1, 40), (40, 1), (30, 30), (2, 30), (1, 2)]):
+        prompt = [{"role": "user", "content": f"what is in the picture {n}"}]
+        rows.append({"messages": prompt, "chosen": "a red circle " * chosen, "rejected": "no " * rejected})
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def run(name: str, **over: Any) -> Any:
+        over |= {"tune": {"kind": "lora", "rank": 2}, "objective": "dpo", "train": {"max_steps": 2}}
+        over |= {"batch": {"samples": 3, "device_tokens": 1024}, "guard": {"watch_every": 0}}
+        return runs.located(tmp_path / name, base, data, **over)
+
+    runs.quiet_train(run("one"))
+    ranks_kit.train_all(2, tmp_path / "ranks", [run("two", parallel={"engine": "fsdp2"})])
+    assert ranks_kit.losses(tmp_path / "two") == pytest.approx(ranks_kit.losses(tmp_path / "one"), rel=1e-6)
 
 
 # -- vision -------------------------------------------------------------------------------------------------------

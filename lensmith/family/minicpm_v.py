@@ -220,6 +220,10 @@ def from_config(
         found = f"it has {later[0]!r}, as later versions do" if later else f"it has no {missing[0]!r}"
         raise ModelError("MODEL_VERSION", f"not the config.json of MiniCPM-V-2: {found}",
                          remedy="2.5 and 2.6 have the model_type of 2.0, but are other models")  # fmt: skip
+    for key in ("query_num", "patch_size", "scale_resolution", "max_slice_nums", "hidden_size"):
+        if type(config[key]) is not int or config[key] < 1:
+            raise ModelError("MODEL_FILE", f"{key} is {config[key]!r}, which is no whole number above 0",
+                             where="config.json", remedy="set it as the published config.json does")  # fmt: skip
     red, green, blue = preprocessor.get("norm_mean") or (0.5, 0.5, 0.5)
     std_r, std_g, std_b = preprocessor.get("norm_std") or (0.5, 0.5, 0.5)
     patch = config["patch_size"]

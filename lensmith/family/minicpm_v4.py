@@ -33,10 +33,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from lensmith.core.encoded import ImageBlock, VideoInfo
-from lensmith.core.errors import Drop, ModelError
+from lensmith.core.encoded import ImageBlock
+from lensmith.core.errors import ModelError
 from lensmith.core.sample import Conversation, Image, Message, Text, Video
-from lensmith.data.encode import Picture, Piece, Placed, Template
+from lensmith.data.encode import Film, Picture, Piece, Placed, Template
 from lensmith.data.media import VideoLimits
 from lensmith.data.resize import Rule
 from lensmith.family.base import Grid, Packing, PixelSettings, VideoSettings, View
@@ -141,9 +141,7 @@ class MiniCPMV46(LaidOut):
         return [*pieces, Template("<|im_end|>", trained), Template("\n")]
 
     def render_media(self, part: Image | Video) -> list[Piece]:
-        if isinstance(part, Video):
-            raise Drop("VIDEO_KIND", "this model family takes no videos")
-        return [Picture(part)]
+        return [Film(part)] if isinstance(part, Video) else [Picture(part)]
 
     # -- images -------------------------------------------------------------------------------------------------
 
@@ -158,17 +156,8 @@ class MiniCPMV46(LaidOut):
             pieces += [Template("<slice>"), Placed(block), Template("</slice>")]
         return pieces
 
-    def place_video(self, video: Video, info: VideoInfo) -> list[Piece]:
-        raise Drop("VIDEO_KIND", "this model family takes no videos")
-
-    def resized(self, picture: PIL.Image.Image, block: ImageBlock) -> PIL.Image.Image:
-        raise NotImplementedError("of videos only")
-
     def patches(self, picture: PIL.Image.Image, block: ImageBlock) -> np.ndarray:
         return self.slicing.patches(picture, block)
-
-    def video_patches(self, frames: Sequence[PIL.Image.Image], block: ImageBlock) -> np.ndarray:
-        raise NotImplementedError("of videos only")
 
     def positions(self, kind_L: np.ndarray, blocks: Sequence[ImageBlock]) -> np.ndarray:
         """int32 [3, L]: 4.6 counts tokens, the same in all three rows."""

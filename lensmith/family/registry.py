@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ def load_family(
         raise ModelError("MODEL_TYPE", f"model_type {model_type!r} is not a known family",
                          where=str(folder / "config.json"),
                          remedy=f"known: {known}; docs/adding_a_family.md shows how to add one")  # fmt: skip
+    _refuse_experts(config, folder)
     newer = read_json(folder / "processor_config.json")  # transformers 5 reads this one first
     older = read_json(folder / "preprocessor_config.json")
     preprocessor = dict(newer.get("image_processor") or older)
@@ -79,7 +81,13 @@ def load_family(
     template = vendor_template(folder)
     module = importlib.import_module(FAMILIES[model_type])
     system = _default_system(template, module.DEFAULT_SYSTEM[model_type], check)
-    family = module.from_config({**config, "chat_template": template}, preprocessor, system, shown, video)
+    try:
+        family = module.from_config({**config, "chat_template": template}, preprocessor, system, shown, video)
+    except (KeyError, TypeError, AttributeError) as error:
+        found = f"there is no {error}" if isinstance(error, KeyError) else f"a value has the wrong type: {error}"
+        raise ModelError("MODEL_FILE", f"not the settings of a {model_type} model: {found}", where=str(folder),
+                         remedy="compare config.json and preprocessor_config.json with the published ones",
+                         ) from None  # fmt: skip
     if (min_pixels or max_pixels) and family.pixels.max_pixels is None:
         raise ModelError("PIXELS", f"the sizes of pictures are fixed by the grid of family {family.name}",
                          remedy="take data.min_pixels and data.max_pixels out of the run file")  # fmt: skip
@@ -92,6 +100,15 @@ def load_family(
     if template and check:
         _check_template(template, family)
     return family
+
+
+def _refuse_experts(config: Mapping[str, Any], folder: Path) -> None:
+    text = config.get("text_config")
+    kind = text.get("model_type") if isinstance(text, dict) else None
+    if isinstance(kind, str) and re.search(r"moe|mixtral|gpt_oss", kind):
+        raise ModelError("MODEL_FORM", f"its language model, {kind!r}, is a mixture of experts",
+                         where=str(folder / "config.json"),
+                         remedy="take a dense model of this family; experts are not trained here")  # fmt: skip
 
 
 def default_system_of(folder: Path) -> str | None:
