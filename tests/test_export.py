@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import runs
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
-from lensmith.core.errors import ConfigError, ModelError
+from lensmith.core.errors import ConfigError, ModelError, RunError
 from lensmith.model.load import read_header
 from lensmith.model.tune import peft_is_quiet
 from lensmith.recipe.export import export
@@ -101,10 +103,36 @@ def test_refusals(adapter_run: tuple[Path, Path], tmp_path: Path) -> None:
         export(tmp_path, tmp_path / "x", base=None, merge=True, dtype=None, shard_gb=5.0, terminal=QUIET)
     checkpoint = next((run / "checkpoints").glob("step-*"))
     damaged = tmp_path / "damaged"
-    import shutil
-
     shutil.copytree(checkpoint, damaged)
     (damaged / "model" / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="adapter_config"):
         export(damaged, tmp_path / "x", base=None, merge=True, dtype=None, shard_gb=5.0, terminal=QUIET)
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".*staging"))
+
+
+@pytest.mark.parametrize(("text", "said"), [("[]", "not a JSON object"), ('{"r": 4}', "names no base model.*--base")])
+def test_an_adapter_that_names_no_base(adapter_run: tuple[Path, Path], tmp_path: Path, text: str, said: str) -> None:
+    adapter = Path(
+        shutil.copytree(next((adapter_run[1] / "checkpoints").glob("step-*")) / "model", tmp_path / "adapter")
+    )
+    (adapter / "adapter_config.json").write_text(text)
+    with pytest.raises(ModelError, match=f"(?s){said}"):
+        export(adapter, tmp_path / "x", base=None, merge=True, dtype=None, shard_gb=5.0, terminal=QUIET)
+
+
+def test_what_float16_does_not_hold_is_not_published(tmp_path: Path, qwen25: Path) -> None:
+    """By an export and by the save of a run; nothing is left behind."""
+    base = Path(shutil.copytree(qwen25, tmp_path / "base"))
+    state = load_file(base / "model.safetensors")
+    name = next(n for n in state if n.endswith("merger.mlp.2.bias"))
+    state[name][0] = 1e5
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match=rf"OVERFLOW.*{name}"):
+        export(base, tmp_path / "x", base=None, merge=True, dtype="float16", shard_gb=5.0, terminal=QUIET)
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+    over: Any = {"tune": {"kind": "freeze", "train": ["language"]}, "train": {"max_steps": 1}}
+    saved = {"precision": {"parts": {"projector": {"saved": "float16"}}}}
+    run = runs.located(tmp_path / "run", base, tiny.make_chat(tmp_path, 8, pictures=2), **over, **saved)
+    with pytest.raises(RunError, match=r"(?s)OVERFLOW.*merger\.mlp\.2\.bias.*saved"):
+        runs.quiet_train(run)
+    assert not list((run.output / "checkpoints").glob("step-*"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -386,6 +387,19 @@ def test_saved_under_the_published_names(folder: Path, model: Any, tmp_path: Pat
     config.pop("use_cache")
     assert {k: own[k] for k in config if k != "torch_dtype"} == {k: v for k, v in config.items() if k != "torch_dtype"}
     assert (tmp_path / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+
+
+def test_the_vendors_code_goes_along_unread(folder: Path, model: Any, tmp_path: Path) -> None:
+    """The config names it for loaders without a class of their own."""
+    base = shutil.copytree(folder, tmp_path / "base")
+    code = "raise RuntimeError('run')\n"
+    names = ["configuration_minicpm.py", "modeling_minicpmv.py", "resampler.py"]
+    for name in names:
+        (base / name).write_text(code)
+    write_model(tmp_path / "out", model, base, SavedTypes.all(torch.float32))
+    assert sorted(f.name for f in (tmp_path / "out").glob("*.py")) == names
+    named = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+    assert all((tmp_path / "out" / f"{value.split('.')[0]}.py").read_text() == code for value in named.values())
 
 
 def test_merged_adapters_equal_adapters(folder: Path) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from lensmith.checkpoint.headers import read_tensors, values
 from lensmith.core.errors import RunError
 from lensmith.model.adapter_folder import PREFIX
-from lensmith.model.load import SAFETENSORS_DTYPES, read_header
 from lensmith.model.lora import Adapted
 from lensmith.model.parts import is_adapter
 from lensmith.model.precision import PrecisionPlan, part_in, text
@@ -75,6 +75,7 @@ def write_model(
         restore()
     finish_config(folder / "config.json", types)
     carry(folder, base, pixels)
+    carry_code(folder, base)
     verify_dtypes(folder, types)
 
 
@@ -186,13 +187,26 @@ def carry(folder: Path, base: Path, pixels: dict[str, int] | None) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def carry_code(folder: Path, base: Path) -> None:
+    """The vendor's own code beside full weights, where the base has it: its config names it (`auto_map`), and loaders
+    that have no class of their own for this model look for it there. It is copied, not run."""
+    for file in sorted(base.glob("*.py")):
+        shutil.copyfile(file, folder / file.name)
+
+
 def verify_dtypes(folder: Path, types: SavedTypes, *, config: bool = True) -> None:
-    """Every tensor on disk, and every (sub-)config that names a dtype, must be as promised. Raises `RunError` DTYPE."""
+    """Every tensor on disk, and every (sub-)config that names a dtype, must be as promised. Raises `RunError` DTYPE,
+    and OVERFLOW where float16, whose largest number is 65,504, did not hold what was saved."""
     for file in sorted(folder.glob("*.safetensors")):
-        for name, entry in read_header(file).items():
-            found = SAFETENSORS_DTYPES.get(entry["dtype"])
-            if found is not None and found != (want := types.of(name)):
-                raise RunError("DTYPE", f"tensor {name} was saved as {found}, not {want}", where=str(file))
+        for tensor in read_tensors(file):
+            if tensor.dtype is not None and tensor.dtype != (want := types.of(tensor.name)):
+                raise RunError(
+                    "DTYPE", f"tensor {tensor.name} was saved as {tensor.dtype}, not {want}", where=str(file)
+                )
+            if tensor.dtype == torch.float16 and any(bool(piece.isinf().any()) for piece in values(file, tensor)):
+                raise RunError("OVERFLOW", f"{tensor.name} has values that float16 does not hold", where=str(file),
+                               remedy="use bfloat16 or float32: precision.parts.PART.saved of a run, --dtype of an "
+                               "export")  # fmt: skip
     if not config:
         return
     parsed = json.loads((folder / "config.json").read_text(encoding="utf-8"))

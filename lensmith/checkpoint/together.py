@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lensmith.checkpoint.export import SavedTypes, carry, finish_config, saved_config, verify_dtypes
+from lensmith.checkpoint.export import SavedTypes, carry, carry_code, finish_config, saved_config, verify_dtypes
 from lensmith.core.errors import RunError
 from lensmith.parallel.ranks import Ranks, attempt
 
@@ -136,6 +136,7 @@ def _write(
             (folder / INDEX).write_text(json.dumps(plan.index, indent=2), encoding="utf-8")
         finish_config(folder / "config.json", types)
         carry(folder, base, pixels)
+        carry_code(folder, base)
     verify_dtypes(folder, types, config=ranks.is_main)
 
 

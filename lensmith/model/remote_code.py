@@ -17,7 +17,7 @@ from typing import Any
 
 from lensmith.core.errors import ConfigError, ModelError
 from lensmith.model.options import Model
-from lensmith.model.source import COMMIT_DIGITS, fetch_code
+from lensmith.model.source import COMMIT_DIGITS
 
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
 """Keys of a config's `auto_map` by which the model class is looked for, in this order."""
@@ -116,8 +116,6 @@ def _in_transformers(model_type: Any) -> bool:
 def _refuse(folder: Path, options: Model, auto_map: dict[str, str]) -> None:
     """Raises the error that names the files, what is pinned, and the line to write."""
     commit = commit_of(folder)
-    if commit is not None and options.remote_code is None:
-        fetch_code(options, commit)  # to show what would be run; it is not run
     files, given = code_files(folder), options.remote_code
     digest = digest_of(files)
     pin = commit if commit is not None and (given is None or len(given) == COMMIT_DIGITS) else digest

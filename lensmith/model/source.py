@@ -7,9 +7,9 @@ from pathlib import Path
 from lensmith.core.errors import ConfigError, ModelError
 from lensmith.model.options import Model
 
-FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-"""What is fetched of a Hub model. Never pickled weights; code only where `model.remote_code` pins it."""
-CODE = ["*.py"]
+FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.py"]
+"""What is fetched of a Hub model. Never pickled weights. Code is shown and goes along with what is saved; it is run
+only where `model.remote_code` pins it."""
 COMMIT_DIGITS = 40
 
 
@@ -21,13 +21,12 @@ def resolve(options: Model, run_folder: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = FILES if options.remote_code is None else [*FILES, *CODE]
     revision = _revision(options)
     try:
         found = snapshot_download(
             options.path,
             revision=revision,
-            allow_patterns=patterns,
+            allow_patterns=FILES,
             local_files_only=options.local_files_only,
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -50,14 +49,3 @@ def _revision(options: Model) -> str | None:
         raise ConfigError("REMOTE_CODE", f"model.revision is {options.revision}, model.remote_code {pin}",
                           remedy="leave model.revision out: weights and code are of one commit")  # fmt: skip
     return pin
-
-
-def fetch_code(options: Model, commit: str) -> None:
-    """The code of a Hub model into its folder in the cache, to be looked at; nothing where it cannot be had."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        snapshot_download(options.path, revision=commit, allow_patterns=CODE, local_files_only=options.local_files_only)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
-        return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from lensmith.checkpoint.export import QUANTIZED, SavedTypes, carry, write_model
+from lensmith.checkpoint.headers import read_contents
 from lensmith.checkpoint.inspect import inspect
 from lensmith.checkpoint.remote import Remote
 from lensmith.checkpoint.store import Damaged, Store, sync_folder, verify
@@ -64,15 +64,19 @@ def _export(
     if adapter and not merge and dtype is not None:
         raise ConfigError("DTYPE", "--no-merge copies the adapter as it is, so --dtype means nothing",
                           remedy="leave one of them out; a run saves it in precision.parts.adapter.saved")  # fmt: skip
-    with terminal.progress(f"Writing {output}", None, counted=False):
-        if adapter and not merge:
-            shutil.copytree(found, staging)
-        else:
-            _write(found, staging, adapter=adapter, base=base, dtype=DTYPES.get(dtype or ""), shard_gb=shard_gb)
-            if (found / VALUE_HEAD).is_file():
-                shutil.copyfile(found / VALUE_HEAD, staging / VALUE_HEAD)
-        sync_folder(staging)
-    staging.rename(output)
+    try:
+        with terminal.progress(f"Writing {output}", None, counted=False):
+            if adapter and not merge:
+                shutil.copytree(found, staging)
+            else:
+                _write(found, staging, adapter=adapter, base=base, dtype=DTYPES.get(dtype or ""), shard_gb=shard_gb)
+                if (found / VALUE_HEAD).is_file():
+                    shutil.copyfile(found / VALUE_HEAD, staging / VALUE_HEAD)
+            sync_folder(staging)
+        staging.rename(output)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 @contextmanager
@@ -135,8 +139,7 @@ def _write(
         model = load_model(folder, target, cpu, loading_of(folder))
         write_model(staging, model, folder, SavedTypes.all(target), shard_gb=shard_gb)
         return
-    said = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    base_folder = resolve(Model(path=base or said), Path.cwd())
+    base_folder = resolve(Model(path=base or _base_of(folder)), Path.cwd())
     target = dtype or _meant(base_folder)
     # float32 while merging: adding a small update to bfloat16 weights rounds twice
     model: Any = load_model(base_folder, torch.float32, cpu, loading_of(base_folder))
@@ -149,6 +152,18 @@ def _write(
     carry(staging, folder, None)
 
 
+def _base_of(adapter: Path) -> str:
+    contents = read_contents(adapter)
+    if contents.config_error:
+        raise ModelError("CONFIG", f"adapter_config.json {contents.config_error}", where=str(adapter),
+                         remedy="copy it from where the adapter was made")  # fmt: skip
+    said = contents.config.get("base_model_name_or_path")
+    if not isinstance(said, str) or not said:
+        raise ModelError("BASE", f"adapter_config.json names no base model: base_model_name_or_path is {said!r}",
+                         where=str(adapter), remedy="name it with --base")  # fmt: skip
+    return said
+
+
 def _as_quantised(model: Any, base: Path, options: Quantize) -> None:
     check_installed("merging an adapter of a base in 4 bits", "qlora")
     names = quantised_layers(model, load_family(base, check=False), options)
@@ -158,4 +173,6 @@ def _as_quantised(model: Any, base: Path, options: Quantize) -> None:
 
 def _meant(folder: Path) -> torch.dtype:
     """The type of a model; where its tensors are of several, the one its config names."""
+    if error := read_contents(folder).config_error:
+        raise ModelError("CONFIG", f"config.json {error}", where=str(folder), remedy="copy it from the base model")
     return inspect(folder).natural_dtype or base_dtype(folder)
