@@ -20,6 +20,10 @@ from lensmith.model.vision_cache import VisionCache, feature_key, fingerprint
 from lensmith.recipe import build as build_module
 from lensmith.recipe import session as session_module
 from lensmith.recipe import stage
+from lensmith.recipe.build import build
+from lensmith.recipe.prepare import prepare
+from lensmith.recipe.probe import probe_row
+from lensmith.report.terminal import Terminal
 
 
 @pytest.fixture(autouse=True)
@@ -330,3 +334,21 @@ def test_two_runs_share_a_folder(tmp_path: Path) -> None:
     for t in threads:
         t.join()
     assert not failures
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_gradients_come_in_one_order_whether_features_are_kept_or_not(tmp_path: Path, name: str) -> None:
+    """ZeRO-2 lays the gradients of a step side by side as they come, on each rank for itself, and sums the places."""
+    base = tiny.make_model(tmp_path / "base", name, dtype=torch.bfloat16)
+    data = tiny.make_chat(tmp_path, 8, pictures=2)
+    tune = {"kind": "freeze", "train": ["projector", "language"]}
+    over: dict[str, Any] = {"tune": tune, "precision": {"preset": "bf16"}}
+    prepared = prepare(runs.located(tmp_path / "run", base, data, **over), Terminal("quiet"))
+    built, orders = build(prepared), []
+    for name, p in built.tuned.trainable():
+        p.register_post_accumulate_grad_hook(lambda _, name=name: orders[-1].append(name))
+    row = probe_row(prepared)
+    for _ in ("computed", "kept"):
+        orders.append([])
+        built.root(row)["loss"][0].backward()
+    assert len(orders[0]) > 20 and orders[0] == orders[1]

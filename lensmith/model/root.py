@@ -63,8 +63,8 @@ VisionMode = Literal["trained", "projector", "frozen"]
 class Autocast:
     """`dtype` None: compute in the parameters' own type.
 
-    `reuse`: a cast weight stays until the forward pass ends. Where blocks are computed again in the backward pass nothing
-    else would keep it that long, so there it goes with its block.
+    `reuse`: a cast weight stays until the forward pass ends. Where blocks are computed again in the backward pass
+    nothing else would keep it that long, so there it goes with its block.
     """
 
     device: str
@@ -135,9 +135,10 @@ class Root(nn.Module):
 
     def forward(self, row: PackedRow, *, figures_only: bool = False) -> Terms:
         """The objective's terms; with `figures_only` what it asks of each supervised position, as `at` [S, K]."""
-        with self.autocast():
-            if self.reference is not None and not figures_only:
+        if self.reference is not None and not figures_only:
+            with self.autocast(reuse=False):
                 self.reference(row)
+        with self.autocast():
             at_SK = self.figures(row, self.model, self.features(row))
             if figures_only:
                 return {"at": (at_SK, at_SK.new_zeros(()))}
@@ -214,7 +215,10 @@ class Root(nn.Module):
     @torch.no_grad()
     def _encode(self, pixels_PD: torch.Tensor, grids: Any, views: Any) -> list[torch.Tensor]:
         run = self.family.encode_images if self.vision_mode == "frozen" else self.family.tower_only
-        return run(self.model, pixels_PD, grids, views)
+        # a cast of a trained projector made here would put its gradient at another place in the backward pass than in
+        # rows whose features are kept; DeepSpeed lays gradients out in the order in which they come, on every rank
+        with self.autocast(reuse=False):
+            return run(self.model, pixels_PD, grids, views)
 
     def _head(self, model: Any, hidden_SH: torch.Tensor, target_S: torch.Tensor, most: int) -> torch.Tensor:
         """`most`: positions in another rank's row; this one calls the head as often as for so many."""
