@@ -79,6 +79,19 @@ def make_data(folder: Path, count: int = 24) -> Path:
     return path
 
 
+def make_answers(folder: Path, kind: str) -> Path:
+    """The same pictures with `pairs` of answers or labelled ones (`labels`)."""
+    path = make_data(folder)
+    rows = []
+    for n, row in enumerate(map(json.loads, path.read_text(encoding="utf-8").splitlines())):
+        user, answer = row["messages"]
+        said = {"messages": [user], "chosen": answer["content"], "rejected": f"no {answer['content']}"}
+        label = {"prompt": [user], "completion": [answer], "label": n % 3 != 0}
+        rows.append((said if kind == "pairs" else label) | {"images": row["images"]})
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
 @dataclass
 class Live:
     """A run while a fault is planted. `step`: the step in work, from 1; `first`: its first computation, no re-run."""
@@ -201,6 +214,11 @@ def inf_gradient(live: Live) -> None:
         return torch.full_like(gradient, math.inf) if live.step in (AT, 0) else gradient
 
     live.parameter(live.places.head_norm).register_hook(spoil)
+
+
+def overflow(live: Live) -> None:
+    """F55: the gradient of one weight is infinite in every step, whatever the loss scale."""
+    live.parameter(live.places.head_norm).register_hook(lambda g: torch.full_like(g, math.inf))
 
 
 def transient(live: Live) -> None:

@@ -93,7 +93,8 @@ CASES: dict[str, Case] = {
     # in the first epoch and in the second; then the sample is left out
     "F50": Case({"at_build": faults.nan_pixel}, "bad_input", "patches", "vision", [WHITE], ["skip", "skip"],
                 stays=True),
-    "F50-cache": Case({"before_step": faults.nan_feature}, "bad_input", "first", "language", [WHITE], ["skip", "skip"],
+    # found once: what was found is not kept, and the second epoch encodes the picture anew
+    "F50-cache": Case({"before_step": faults.nan_feature}, "bad_input", "first", "language", [WHITE], ["skip"],
                       {"tune": {"kind": "lora", "rank": 2}}),
     "F51": Case({"at_build": faults.bad_backward}, "backward_only", "mlp", "language", None, ["skip"], stays=True),
     "F54": Case({"at_build": faults.inf_gradient}, "backward_only", "head_norm", "language", None, ["skip"],
@@ -165,6 +166,26 @@ def check_details(name: str, i: dict[str, Any], places: Any) -> None:
 
 
 # -- faults that are no fault of a module ------------------------------------------------------------------------------
+
+
+@pytest.mark.faults("F55", "fp16: overflows without end")
+def test_overflows_without_end_stop_with_advice(
+    family: str, base: Path, data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A whole run: each of 20 steps is left out at half the scale of the one before."""
+    live = faults.plant(monkeypatch, family, data, at_build=faults.overflow)
+    with pytest.raises(RunError, match=r"NONFINITE.*step 20 .*overflow in") as stopped:
+        runs.quiet_train(faults.run_of(tmp_path / "run", base, data, precision={"preset": "fp16"},
+                                       train={"max_steps": 40}))  # fmt: skip
+    assert stopped.value.exit_code == 74 and "bf16" in stopped.value.remedy
+    steps = faults.records(tmp_path / "run")
+    assert [r["applied"] for r in steps] == [False] * 20
+    assert [r["loss_scale"] for r in steps] == [steps[0]["loss_scale"] / 2**n for n in range(20)]
+    assert all(r["grad_norm"] is None and r["loss"] > 0 for r in steps)
+    (incident,) = faults.incidents(tmp_path / "run")
+    assert (incident["cause"], incident["module"]) == ("overflow", live.places.head_norm)
+    assert incident["action"] == "stop" and incident["loss_scale"] == steps[-2]["loss_scale"]
+    assert replay(incident["path"], QUIET) == 0
 
 
 @pytest.mark.faults("F57", "a gradient that is NaN the first time only")
@@ -488,6 +509,8 @@ def test_the_page_of_incidents(family: str, base: Path, data: Path, tmp_path: Pa
     page = (tmp_path / "run/incidents.html").read_text()
     places = FAMILIES[family]
     assert places.down in page and "forward_overflow" in page and "lensmith replay incidents/step-000004" in page
+    assert '<dt>loss</dt><dd dir="auto">not finite</dd>' in page and '<dd dir="auto">step-00000003</dd>' in page
+    assert "its type has all the range there is" in page and "precision.preset bf16 or fp32" not in page
     report = write_report(tmp_path / "run").read_text()
     assert 'id="incidents"' in report and 'href="./incidents/step-000004/"' in report and "incidents.html" in report
 

@@ -21,6 +21,7 @@ from lensmith.engine.step import run_step
 from lensmith.recipe import session as session_module
 from lensmith.recipe.build import build
 from lensmith.recipe.prepare import prepare
+from lensmith.recipe.replay import replay
 from lensmith.report.terminal import Terminal
 
 QUIET = Terminal("quiet")
@@ -149,3 +150,8 @@ def test_each_cause_is_named(
     for state in (tmp_path / "run/checkpoints").glob("*/state/training.safetensors"):
         assert all(t.isfinite().all() for t in load_file(state).values())
     assert found[0]["step"] == 3 + AT or cause in ("NaN pixel", "Inf gradient")
+    live.step = 0
+    if "at_build" not in plant:
+        monkeypatch.undo()
+    for i in found:
+        assert replay(i["path"], QUIET) == 0

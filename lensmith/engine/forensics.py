@@ -128,12 +128,6 @@ class _Fault:
     norms: dict[str, float] = field(default_factory=dict[str, float])
 
     @property
-    def bad_gradients(self) -> list[str]:
-        """Where only the norm over all parameters is too large for its type, the largest."""
-        bad = [n for n, norm in self.norms.items() if not math.isfinite(norm)]
-        return bad or [max(self.norms, key=lambda n: self.norms[n])] if self.norms else []
-
-    @property
     def shows(self) -> bool:
         total = torch.tensor([0.0, *self.norms.values()]).square().sum()
         return not is_finite(self.loss) or not is_finite(total)
@@ -153,6 +147,7 @@ def examine(scene: Scene) -> Finding:
         return Finding("transient", reruns=RERUNS)
     finally:
         scene.optimizer.zero_grad()
+        scene.optimizer.give_back()
         now.restore()
 
 
@@ -199,7 +194,6 @@ def _classified(scene: Scene, fault: _Fault) -> Finding:
         found = Finding("transient")
     else:
         found = _backward(scene, fault)
-    found.bad_gradients = fault.bad_gradients if found.direction == "backward" else []
     _bisect(scene, fault, found)
     if found.cause == "loss" and (empty := _without_targets(fault.row)):
         found.cause, found.samples, found.every_sample = "no_targets", empty, False
@@ -222,11 +216,31 @@ def _backward(scene: Scene, fault: _Fault) -> Finding:
     with backward_hooks(scene.model) as seen:
         scene.gradient(scene.refresh(fault.row))
     elsewhere = scene.any(bool(seen)) and not seen
-    if seen:
-        return _at(scene, "backward_only", "backward", seen[0])
-    if elsewhere or not fault.bad_gradients:  # another rank's rows
+    names, mine = _bad_gradients(scene, fault)
+    if not seen and (elsewhere or not mine):  # another rank's rows, or shares
         return Finding("transient")
-    return _at(scene, "backward_only", "backward", Seen(_owner(fault.bad_gradients[-1]), ""))
+    found = _at(scene, "backward_only", "backward", seen[0] if seen else Seen(_owner(names[-1]), ""))
+    found.bad_gradients = names
+    return found
+
+
+def _bad_gradients(scene: Scene, fault: _Fault) -> tuple[list[str], bool]:
+    """Names in the model's order, of all ranks that have shares of the gradients, and whether the last of them is bad
+    on this rank, and on none before it. Where no gradient is bad, but the norm over all is too large for its type, the
+    name is that of the largest."""
+    norms = {n: norm for n, norm in fault.norms.items() if not math.isfinite(norm)}
+    if not scene.any(bool(norms)):
+        norms = fault.norms
+        norms = {n: norms[n] for n in sorted(norms, key=lambda n: norms[n])[-1:]}
+    if scene.in_step is None:
+        return list(norms), bool(norms)
+    said = scene.in_step.ranks.gather_json(norms, "compare gradients")
+    every = {n: v for rank in said for n, v in rank.items()}
+    order = [n for n, _ in scene.optimizer.named if n in every]
+    if all(map(math.isfinite, every.values())):
+        order = sorted(order, key=lambda n: every[n])[-1:]
+    first = next((rank for rank, its in enumerate(said) if order and order[-1] in its), -1)
+    return order, first == scene.in_step.ranks.rank
 
 
 def _bisect(scene: Scene, fault: _Fault, found: Finding) -> None:

@@ -179,7 +179,7 @@ def decide(
     if frozen:
         return "stop", f"{frozen[0]} does not train, and no checkpoint of this run can bring it back"
     if cause == "overflow":
-        return "stop", "the loss scale cannot be lowered any more"
+        return "stop", "the gradient overflows at every loss scale that was tried"
     if cause == "transient":
         if history.transient >= rule.max_transient:
             return "stop", f"{history.transient} steps came out finite when they were computed again"

@@ -26,7 +26,7 @@ from lensmith.engine.inner import (
 )  # fmt: skip
 from lensmith.engine.lean import LeanAdamW
 from lensmith.engine.options import Adafactor, AdamW, AdamW8bit, Optimizer
-from lensmith.parallel.fsdp import last_of_step
+from lensmith.parallel.fsdp import give_back, last_of_step
 from lensmith.parallel.ranks import Ranks
 from lensmith.parallel.reduce import Reducer
 from lensmith.parallel.shares import Piece, copies, is_sharded, local, start, writers
@@ -134,6 +134,9 @@ class MasterAdamW:
         whole = [(n, p) for n, p in self.named if n not in self.sharded]
         for name, p in whole:
             p.grad_dtype = self.keep[name].gradients
+        for name in self.sharded:
+            if not self._has_master(name):
+                self.master[name].grad_dtype = self.keep[name].gradients
         if self.ranks.several and whole:
             self._reducer = Reducer([p for _, p in whole], [self.keep[n].gradients for n, _ in whole], self.ranks)
 
@@ -168,8 +171,7 @@ class MasterAdamW:
         for name, p in self.named:
             if p is not self.master[name] and p.grad is not None:
                 before, grad = self.master[name].grad, local(p.grad)
-                if self._has_master(name):
-                    grad = grad.float()
+                grad = grad.to(torch.float32 if self._has_master(name) else self.keep[name].gradients)
                 self.master[name].grad = grad if before is None else before.add_(grad)
                 p.grad = None
         return [(n, g) for n, _ in self.named if (g := self.master[n].grad) is not None]
@@ -253,9 +255,15 @@ class MasterAdamW:
             else:
                 self.inner[name].torch.state.pop(self.master[name], None)
 
+    def give_back(self) -> None:
+        """Parameters that an examination left gathered are shares again."""
+        if self._sharded_root is not None:
+            give_back(self._sharded_root)
+
     def load_pieces(self, read: Callable[[str, int, int], torch.Tensor | None]) -> None:
         """Take up a training state. `read(key, start, stop)`: those elements of a flattened tensor, or None where the
         state has none. Names and shapes were checked by the caller."""
+        self.give_back()
         found: dict[str, torch.Tensor] = {}
         for name, p in self.named:
             shape, begin = self.master[name].shape, start(p)

@@ -19,7 +19,7 @@ from lensmith.engine.step import StepResult
 from lensmith.parallel.ranks import Ranks
 
 ADVICE: dict[str, str] = {
-    "bad_input": "look at the samples that are named, and at the vision cache if it is kept on disk",
+    "bad_input": "look at the samples that are named",
     "no_targets": "nothing in these samples is trained: mend them, or divide by the count of the whole step",
     "bad_weights": "compare the tensor hashes of the incident with those of the last checkpoint",
     "forward_overflow": "compute in a type with more range (precision.preset bf16 or fp32), or lower optimizer.lr",
@@ -31,6 +31,12 @@ ADVICE: dict[str, str] = {
     "bad_state": "lower optimizer.lr, or look at what else writes into the parameters",
 }
 """What a person can do, by cause."""
+
+
+def advice(found: Finding) -> str:
+    if found.cause == "forward_overflow" and found.output_dtype in ("torch.float32", "torch.bfloat16"):
+        return "lower optimizer.lr, and look at the weights of this module: its type has all the range there is"
+    return ADVICE[found.cause]
 
 
 @dataclass
@@ -134,28 +140,33 @@ class Rescuer:
             frozen=frozen,
         )  # fmt: skip
         if self.rescue is not None:
-            self._record(incident, self.rescue)
-            self.rescue.keep(p)
+            self._try("incident_lost", incident, lambda rescue: rescue.record(incident))
+            self._keep(incident)
         if incident.action == "stop":
             raise self._stopped(incident, incident.why)
         if incident.action == "roll_back":
             self._go_back(incident)
             return True
-        self._exclude(to_exclude(self.rule, history, p.excluded), p.step)
+        self._exclude(incident, to_exclude(self.rule, history, p.excluded))
         return False
 
-    def _record(self, incident: Incident, rescue: Rescue) -> None:
+    def _keep(self, incident: Incident) -> None:
+        self._try("history_lost", incident, lambda rescue: rescue.keep(self.progress))
+
+    def _try(self, lost: str, incident: Incident, work: Callable[[Rescue], None]) -> None:
         """What cannot be written is said; the step is answered all the same."""
         try:
-            rescue.record(incident)
+            if self.rescue is not None:
+                work(self.rescue)
         except OSError as error:
             about = {"step": self.first_step + incident.step, "cause": incident.finding.cause}
-            self.event("incident_lost", about | {"why": error.strerror or str(error)})
+            self.event(lost, about | {"why": error.strerror or str(error)})
 
-    def _exclude(self, samples: list[int], step: int) -> None:
+    def _exclude(self, incident: Incident, samples: list[int]) -> None:
+        step = self.progress.step
         if samples and self.rescue is not None and self.rescue.restart is not None:
             self.progress.excluded |= dict.fromkeys(samples, step)
-            self.rescue.keep(self.progress)
+            self._keep(incident)
             self.rescue.restart(self.progress)
             self.event("excluded", {"step": self.first_step + step, "samples": samples})
 
@@ -175,7 +186,7 @@ class Rescuer:
         for of in fields(p):
             setattr(p, of.name, getattr(back, of.name))
         p.history, p.excluded, p.bad_in_a_row, p.recent_bad = history, excluded, 0, []
-        rescue.keep(p)
+        self._keep(incident)
         rescue.restart(p)
         step, reached = self.first_step + p.step, self.first_step + reached
         self.event("roll_back", {"step": step, "reached": reached, "excluded": named, "why": incident.why})
@@ -188,9 +199,9 @@ class Rescuer:
         return applied - 1 if found.every_sample and found.cause != "bad_weights" else applied
 
     def _stopped(self, incident: Incident, why: str) -> RunError:
-        step, cause = self.first_step + incident.step, incident.finding.cause
+        step = self.first_step + incident.step
         return RunError("NONFINITE", f"step {step} is not finite ({incident.text}); the run stops: {why}",
-                        remedy=ADVICE[cause])  # fmt: skip
+                        remedy=advice(incident.finding))  # fmt: skip
 
 
 def _finding(result: StepResult, scene: Scene | None) -> Finding:

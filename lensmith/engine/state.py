@@ -121,10 +121,12 @@ class Saved:
         )
 
     def read(self, key: str, start: int, stop: int) -> torch.Tensor | None:
-        """Elements `start` to `stop` of a flattened tensor, from as many files as hold them; None where it was not
-        saved."""
+        """Elements `start` to `stop` of a flattened tensor, from as many files as hold them (a rank may have a share of
+        none); None where it was not saved."""
         if key not in self._pieces:
             return None
+        if start == stop:
+            return torch.zeros(0)
         parts: list[torch.Tensor] = []
         at = start
         for begin, end, file, name in self._pieces[key]:

@@ -90,6 +90,19 @@ class VisionCache:
         if self.folder is not None and self.disk_bytes and key not in self._disk:
             self._store(key, value)
 
+    def drop_bad(self, keys: Iterable[str]) -> None:
+        """Forget those of these features that are not finite, on disk too: computed anew they may be."""
+        for key in keys:
+            value = self.get(key)
+            if value is None or bool(torch.isfinite(value).all()):
+                continue
+            self._held.pop(key, None)
+            if (old := self._memory.pop(key, None)) is not None:
+                self._used -= old.numel() * old.element_size()
+            if self.folder is not None and key in self._disk:
+                self._disk_used -= self._disk.pop(key)
+                (self.folder / f"{key}.safetensors").unlink(missing_ok=True)
+
     def _enter(self, key: str) -> None:
         self._keys_of.setdefault(_content(key), set()).add(key)
 

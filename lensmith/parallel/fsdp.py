@@ -74,6 +74,14 @@ def last_of_step(root: Any, last: bool) -> None:
     root.set_requires_all_reduce(last)
 
 
+def give_back(root: nn.Module) -> None:
+    """Spread again what a forward pass without a backward pass left whole. Else the next one would compute with that,
+    whatever has been written into the shares since."""
+    for module in root.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # type: ignore[operator]
+
+
 @contextmanager
 def gathered_rest(root: Any) -> Generator[None]:
     """Within, what is in no block is whole, so that parts of the model can be called apart from the root."""

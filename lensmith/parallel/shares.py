@@ -43,7 +43,16 @@ def is_here(p: torch.Tensor) -> bool:
 def local(p: torch.Tensor) -> torch.Tensor:
     """This rank's values, in the memory that they live in; without history."""
     own: Any = p.detach()
-    return own if _mesh(p) is None else own.to_local()
+    if _mesh(p) is not None:
+        return own.to_local()
+    return own if is_here(p) else _zero3_share(p)
+
+
+def _zero3_share(p: Any) -> torch.Tensor:
+    """Flat. Shares have the same length on every rank; behind the parameter's end nothing counts."""
+    share = p.ds_tensor.detach()
+    begin = torch.distributed.get_rank(p.ds_process_group) * share.numel()
+    return share.flatten()[: max(0, min(share.numel(), p.ds_numel - begin))]
 
 
 def start(p: torch.Tensor) -> int:

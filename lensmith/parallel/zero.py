@@ -241,6 +241,10 @@ class ZeroAdamW:
                 if not has(key):
                     value.zero_()
 
+    def give_back(self) -> None:
+        """Parameters that an examination left gathered are shares again."""
+        self._shares.prepare()
+
     def load_pieces(self, read: Read) -> None:
         """Take up a training state. `read(key, start, stop)`: those elements of a flattened tensor, or None where the
         state has none. Names and shapes were checked by the caller. All ranks together.
@@ -248,7 +252,7 @@ class ZeroAdamW:
         Raises `RunError` ENGINE where parameters of one group have been updated a different number of times: DeepSpeed
         counts the updates of a group, not of a parameter.
         """
-        self._shares.prepare()
+        self.give_back()
         for index, group in enumerate(self.groups):
             steps = {n: None if (s := read(f"step/{n}", 0, 1)) is None else float(s) for n in group.names}
             if len(set(steps.values())) > 1:

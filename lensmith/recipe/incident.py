@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lensmith.checkpoint.store import sync_folder
 from lensmith.core.encoded import Compared, PackedRow, Segment
 from lensmith.core.version import VERSION
 from lensmith.engine.options import Guard
-from lensmith.engine.rescue import ADVICE, Incident
+from lensmith.engine.rescue import Incident, advice
 from lensmith.model.root import Root
 from lensmith.model.vision_cache import feature_key
 from lensmith.parallel.shares import is_here, local
@@ -49,6 +50,8 @@ class About:
     root: Root
     first_step: int
     known: dict[str, Any]
+    wholes: dict[str, torch.Tensor]
+    """Parameters of which this rank has a share, put together as far as there was room."""
     origin: Callable[[int], str]
     text: Callable[[Iterable[int]], str]
 
@@ -67,8 +70,10 @@ def write_incident(incident: Incident, about: About) -> Path:
         sync_folder(staging)
         target = _free(parent, name)
         os.rename(staging, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # a disk that is full
+            raise OSError(str(error)) from None
         raise
     sync_folder(parent)
     for old in folders(about.output)[: -about.rule.keep or None]:
@@ -115,7 +120,7 @@ def _record(incident: Incident, about: About) -> dict[str, Any]:
         "samples": [{"number": n, "origin": about.origin(n)} for n in f.samples],
         "bad_parameters": f.bad_parameters[:LONGEST_NAMES], "bad_gradients": f.bad_gradients[:LONGEST_NAMES],
         "num_bad_parameters": len(f.bad_parameters), "num_bad_gradients": len(f.bad_gradients),
-        "action": incident.action, "why": incident.why, "advice": ADVICE[f.cause],
+        "action": incident.action, "why": incident.why, "advice": advice(f),
         "loss": None if result is None else result.loss, "grad_norm": None if result is None else result.grad_norm,
         "lr": None if result is None else result.rates, "loss_scale": None if scale is None else scale.value,
         "epoch": p.epoch, "cursor": p.cursor, "applied": p.applied, "bad_in_a_row": p.bad_in_a_row,
@@ -193,31 +198,41 @@ def _features(root: Root, row: PackedRow) -> Tensors:
 
 
 def _tensors(folder: Path, incident: Incident, about: About, room: _Room) -> dict[str, Any]:
-    """What is not finite and the parameters of the module at fault; then all that trains, or none of it. A parameter
-    of which this rank has only a share is left to the last checkpoint."""
-    finding, model, kept = incident.finding, about.root.model, Tensors()
-    named = {n: p for n, p in model.named_parameters() if is_here(p)}
+    """What is not finite and the parameters of the module at fault; then all that trains, or none of it."""
+    finding, model, kept = incident.finding, about.root.named, Tensors()
+    named = {n: p for n, p in model.named_parameters() if is_here(p)} | about.wholes
     if incident.kind == "state":
         state = dict(incident.optimizer.items())
         kept = {f"state/{k}": state[k] for k in finding.bad_parameters if room.take({k: state[k]})}
     else:
         first = {n: named[n] for n in finding.bad_parameters if n in named}
-        if finding.module:
-            own = {id(p) for p in model.get_submodule(finding.module).parameters()}
-            first |= {n: p for n, p in named.items() if id(p) in own}
+        first |= {n: named[n] for n in parameters_of(model, finding.module) if n in named}
         kept = {f"model/{n}": p.detach() for n, p in first.items() if room.take({n: p})}
     shown = sorted(kept)[:LONGEST_NAMES]
-    trained = {f"model/{n}": p.detach() for n, p in named.items() if p.requires_grad and f"model/{n}" not in kept}
-    everything = len(named) == sum(1 for _ in model.named_parameters())
-    whole = incident.kind == "step" and everything and room.take(trained)
+    trains = [n for n, p in model.named_parameters() if p.requires_grad]
+    trained = {f"model/{n}": named[n].detach() for n in trains if n in named and f"model/{n}" not in kept}
+    whole = incident.kind == "step" and all(n in named for n in trains) and room.take(trained)
     kept |= trained if whole else {}
     save_file({k: v.cpu().contiguous() for k, v in kept.items()}, folder / "tensors.safetensors")
     return {"trained": whole, "named": shown}
 
 
+def parameters_of(model: torch.nn.Module, module: str | None) -> list[str]:
+    """Names of the parameters of a module, by its name in the model."""
+    if module is None:
+        return []
+    own = {id(p) for p in model.get_submodule(module).parameters()}
+    return [n for n, p in model.named_parameters() if id(p) in own]
+
+
 def _everything(incident: Incident, about: About) -> Iterable[tuple[str, torch.Tensor]]:
-    model = about.root.model
-    yield from ((f"model/{n}", local(p)) for n, p in model.named_parameters())
+    """What only this rank's share is known of, as `share`."""
+    model = about.root.named
+    for n, p in model.named_parameters():
+        if n in about.wholes or is_here(p):
+            yield f"model/{n}", about.wholes.get(n, p.detach())
+        else:
+            yield f"share/{n}", local(p)
     yield from ((f"buffer/{n}", b) for n, b in model.named_buffers())
     yield from ((f"state/{k}", v) for k, v in incident.optimizer.items())
 
@@ -234,12 +249,17 @@ def _hash(tensor: torch.Tensor, whole: bool) -> str:
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     size = flat.numel()
     if whole or size <= BLOCKS * BLOCK_BYTES:
-        h.update(flat.cpu().numpy().data)
+        h.update(_bytes(flat))
         return h.hexdigest()
     for k in range(BLOCKS):
         start = k * (size - BLOCK_BYTES) // (BLOCKS - 1)
-        h.update(flat[start : start + BLOCK_BYTES].cpu().numpy().data)
+        h.update(_bytes(flat[start : start + BLOCK_BYTES]))
     return h.hexdigest()
+
+
+def _bytes(flat: torch.Tensor) -> Any:
+    """Of a copy: torch lets go of no memory that NumPy has seen, and FSDP2 wants to."""
+    return flat.to("cpu", copy=True).numpy().data
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

@@ -71,6 +71,8 @@ class Known:
         return not mismatched or all(pair in self.mismatched for pair in pairs_of(step))
 
     def learn(self, of: Compared, logp_B: np.ndarray) -> None:
+        """What comes out as not a number was computed all the same: it stands as -inf, which stops its sample."""
+        logp_B = np.where(np.isnan(logp_B), -np.inf, logp_B)
         if (of.other_B >= 0).any():
             pairs = zip(of.sample_B.tolist(), of.other_B.tolist(), strict=True)
             self.mismatched |= dict(zip(pairs, logp_B.tolist(), strict=True))
@@ -102,8 +104,8 @@ class Known:
                 self.mismatched.setdefault(pair, math.nan)
 
     def write(self) -> None:
-        """Put what is known beside what the file holds by now; readers see the old or the new file."""
-        there = np.flatnonzero(~np.isnan(self.values_N2[:, 0]))
+        """Put what is known and finite beside what the file holds by now; readers see the old or the new file."""
+        there = np.flatnonzero(np.isfinite(self.values_N2[:, : 1 + self.pairs]).all(axis=1))
         rows = {"digest": self._digest[there], "stamp": self._stamp[there], "other": np.zeros(len(there), np.int64),
                 "first": self.values_N2[there, 0], "second": self.values_N2[there, 1]}  # fmt: skip
         if self.mismatched:

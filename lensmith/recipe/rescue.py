@@ -7,18 +7,22 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lensmith.checkpoint.store import write_atomically
-from lensmith.core.errors import RunError
+from lensmith.core.errors import RunError, UserError
 from lensmith.data.tokenizer import TextTokenizer
 from lensmith.engine.forensics import InStep
 from lensmith.engine.guard import History
 from lensmith.engine.progress import Progress
 from lensmith.engine.rescue import Incident, Rescue
 from lensmith.engine.state import read_state
+from lensmith.model.vision_cache import feature_key
 from lensmith.parallel.ranks import attempt
+from lensmith.parallel.shares import is_here
 from lensmith.recipe import folder as run_folder
-from lensmith.recipe.incident import About, write_incident
-from lensmith.report.incidents import write_incidents_page
+from lensmith.recipe.incident import About, parameters_of, write_incident
+from lensmith.report.incidents import PAGE, write_incidents_page
 
 if TYPE_CHECKING:
     from lensmith.recipe.stage import StageRun
@@ -56,7 +60,7 @@ class StageRescue:
     def callbacks(self, feed: Feed) -> Rescue:
         stage = self.stage
         return Rescue(
-            stage.built.root.model, lambda sample: stage.complete(stage.pipeline.reread((sample,))), self.record,
+            stage.built.root.named, lambda sample: stage.complete(stage.pipeline.reread((sample,))), self.record,
             self.keep, self.roll_back, None if stage.stream is not None else lambda progress: feed.restart(),
             None if stage.evened is None else InStep(stage.ranks, stage.evened.one),
             lambda: stage.session.dog.phase("examine a step"),
@@ -67,7 +71,9 @@ class StageRescue:
         stage, f = self.stage, incident.finding
         shown = self._written(incident)
         folder = stage.output / shown
-        stage.session.on_main("write the incidents page", lambda: str(write_incidents_page(stage.output)))
+        if trouble := stage.session.on_main("write the incidents page", lambda: _page(stage.output)):
+            stage.terminal.warning(trouble)
+        self._clean_cache(incident)
         origins = [self._origin(incident, n) for n in f.samples]
         step = stage.start.first_step + incident.step
         stage.session.sinks.write({
@@ -83,11 +89,20 @@ class StageRescue:
             f"Look into it: lensmith replay {folder}"
         )
 
+    def _clean_cache(self, incident: Incident) -> None:
+        """Features that are not finite would spoil each step that has their picture, and on disk other runs too."""
+        cache, scene, row = self.stage.built.root.cache, incident.scene, incident.finding.row
+        if cache is None or scene is None or row is None or not incident.owner:
+            return
+        packed = scene.rows[row]
+        grids = packed.image_grids_I3.tolist()
+        cache.drop_bad([feature_key(k, tuple(g)) for k, g in zip(packed.image_keys, grids, strict=True)])
+
     def _written(self, incident: Incident) -> str:
         """The incident's folder in the run folder. Raises `OSError` on all ranks where it cannot be written."""
-        found, error = None, None
+        found, error, wholes = None, None, self._wholes(incident)
         if incident.owner:
-            found, error = attempt(lambda: write_incident(incident, self._about(incident)))
+            found, error = attempt(lambda: write_incident(incident, self._about(incident, wholes)))
         if error is not None and not isinstance(error, OSError):
             raise error
         why = error and (error.strerror or str(error))
@@ -98,7 +113,29 @@ class StageRescue:
             raise OSError(next(text for _, text in each if text is not None))
         return shown
 
-    def _about(self, incident: Incident) -> About:
+    def _wholes(self, incident: Incident) -> dict[str, torch.Tensor]:
+        """Parameters of which each rank has a share, put together on the rank that keeps the incident: those at fault,
+        and what trains, as far as `guard.dump_mb` allows. All ranks together."""
+        stage, found = self.stage, incident.finding
+        if stage.built.spread is None or incident.kind == "state":
+            return {}
+        model = stage.built.root.named
+        named: dict[str, Any] = dict(model.named_parameters())
+        at_fault = [n for n in found.bad_parameters if n in named] + parameters_of(model, found.module)
+        wholes: dict[str, torch.Tensor] = {}
+        room = stage.run_file.guard.dump_mb << 20
+        for name in dict.fromkeys([*at_fault, *(n for n, p in named.items() if p.requires_grad)]):
+            p = named[name]
+            size = getattr(p, "ds_numel", p.numel()) * p.element_size()
+            if is_here(p) or size > room:
+                continue
+            room -= size
+            whole = stage.built.full(name, p)
+            if incident.owner:
+                wholes[name] = whole.detach().cpu()
+        return wholes
+
+    def _about(self, incident: Incident, wholes: dict[str, torch.Tensor]) -> About:
         stage = self.stage
         newest = stage.store.steps()
         known = {
@@ -111,7 +148,7 @@ class StageRescue:
         }  # fmt: skip
         return About(
             stage.output, stage.prepared.located.resolved_yaml(), stage.run_file.guard, stage.built.root,
-            stage.start.first_step, known, lambda number: self._origin(incident, number), self._text,
+            stage.start.first_step, known, wholes, lambda number: self._origin(incident, number), self._text,
         )  # fmt: skip
 
     def _origin(self, incident: Incident, number: int) -> str:
@@ -127,14 +164,19 @@ class StageRescue:
             return
         path = self.stage.output / "incidents" / "history.json"
         path.parent.mkdir(exist_ok=True)
-        everything = run_folder.read_json(path)
+        everything = _histories(self.stage.output) or {}
         values = p.to_json()
         everything[str(self.stage.number)] = {key: values[key] for key in ("history", "excluded")}
         write_atomically(path, json.dumps(everything, indent=1).encode())
 
     def remember(self, p: Progress) -> None:
         """Of a run that is resumed: what was found out behind the checkpoint that it goes on from."""
-        kept = run_folder.read_json(self.stage.output / "incidents" / "history.json").get(str(self.stage.number))
+        path = self.stage.output / "incidents" / "history.json"
+        everything = _histories(self.stage.output)
+        if everything is None:
+            raise RunError("RESUME", "what went wrong so far cannot be read", where=str(path),
+                           remedy="delete this file to go on; samples that were left out are tried again")  # fmt: skip
+        kept = everything.get(str(self.stage.number))
         if kept is not None:
             p.history = p.history.with_all_of(History(**kept["history"]))
             p.excluded |= {int(k): int(v) for k, v in kept["excluded"]}
@@ -160,6 +202,29 @@ class StageRescue:
         return back
 
 
+def _histories(output: Path) -> dict[str, Any] | None:
+    """By stage; None where the file is damaged."""
+    try:
+        found = run_folder.read_json(output / "incidents" / "history.json")
+        for kept in found.values():
+            History(**kept["history"])
+            dict(kept["excluded"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return found
+
+
+def _page(output: Path) -> str:
+    """Why the page could not be written; empty where it was."""
+    try:
+        write_incidents_page(output)
+    except OSError as error:
+        return f"{output / PAGE} could not be written: {error.strerror or error}"
+    except UserError as error:
+        return error.render()
+    return ""
+
+
 def forget(output: Path) -> None:
     """Of an attempt that ended before its first checkpoint: its incidents stay to be looked at, their count goes."""
     (output / "incidents" / "history.json").unlink(missing_ok=True)
@@ -168,7 +233,7 @@ def forget(output: Path) -> None:
 def guard_summary(output: Path, stages: Sequence[StageRun]) -> dict[str, int]:
     """What went wrong, for summary.json; of the stages before this session, what was kept of them."""
     now = {str(stage.number): stage.progress.to_json() for stage in stages}
-    each = [*(run_folder.read_json(output / "incidents" / "history.json") | now).values()]
+    each = [*((_histories(output) or {}) | now).values()]
     found = {key: sum(values["history"][key] for values in each) for key in ("incidents", "skipped", "transient")}
     return found | {
         "roll_backs": sum(len(values["history"]["roll_backs"]) for values in each),

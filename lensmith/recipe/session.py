@@ -14,7 +14,7 @@ from typing import Any
 from lensmith.checkpoint.mirror import Mirror
 from lensmith.checkpoint.remote import Remote
 from lensmith.checkpoint.store import Damaged, Published, Store, read_manifest, verify, write_atomically
-from lensmith.core.errors import ConfigError, RunError
+from lensmith.core.errors import ConfigError, DataError, RunError
 from lensmith.engine.loop import score
 from lensmith.model.options import Lora
 from lensmith.parallel.ranks import Ranks, attempt
@@ -406,10 +406,18 @@ class Session:
             self.output / "summary.json",
             json.dumps(run_folder.finite(self.summary), indent=1, allow_nan=False).encode(),
         )
-        report = write_report(self.output)
+        report = self._report()
         if self.mirror is not None:
             with self.terminal.progress("Copying the last checkpoint", None, counted=False):
                 self.mirror.wait()
         self.terminal.event("checkpoint", f"checkpoint {self.summary['checkpoint']}", path=self.summary["checkpoint"])
-        self.terminal.event("done", f"report {report}",
-                            checkpoint=self.summary["checkpoint"], report=str(report))  # fmt: skip
+        self.terminal.event("done", f"report {report}" if report else "done",
+                            checkpoint=self.summary["checkpoint"], report=report)  # fmt: skip
+
+    def _report(self) -> str:
+        """Its path. A run that is done does not fail for a file that somebody damaged."""
+        try:
+            return str(write_report(self.output))
+        except DataError as error:
+            self.terminal.warning(f"no report: {error}")
+            return ""

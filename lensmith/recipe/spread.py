@@ -153,7 +153,7 @@ def _deepspeed(
     optimizer = ZeroAdamW(
         root, named, groups, made.config, ranks, root.device, betas=rates.betas, eps=rates.eps, masters=exact
     )
-    every = dict(model.named_parameters(remove_duplicate=False))
+    every = dict(model.named_parameters(remove_duplicate=False)) | dict(named)
 
     def full(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return optimizer.whole(every[name]) if name in every else tensor

@@ -16,7 +16,15 @@ from lensmith.report.html import environment, replaced
 from lensmith.report.metrics import Record
 
 PAGE = "incidents.html"
+NOT_FINITE = "not finite"
 MAX_ROWS, MAX_NORMS, MAX_SAMPLES = 200, 12, 20
+
+NEEDED = (
+    "step", "cause", "module", "module_type", "part", "direction", "largest_input", "input_dtype", "output_dtype",
+    "samples", "every_sample", "bad_parameters", "bad_gradients", "loss", "grad_norm", "action", "why", "advice",
+    "reruns", "checkpoint", "time",
+)  # fmt: skip
+"""Keys of incident.json without which the page says nothing."""
 
 WHAT: dict[str, str] = {
     "bad_input": "The input was not finite before any module saw it.",
@@ -39,7 +47,9 @@ def read_incidents(run_folder: Path) -> list[Record]:
     for path in (run_folder / "incidents").glob("step-*/incident.json"):
         try:
             record = json.loads(path.read_bytes())
-        except ValueError as error:
+            if missing := [key for key in NEEDED if key not in record]:
+                raise ValueError(f"holds no {missing[0]!r}")
+        except (OSError, ValueError, TypeError) as error:
             raise DataError("RUN_FOLDER", str(error), where=str(path),
                             remedy="delete this folder to have a report without it") from None  # fmt: skip
         found.append((path.stat().st_mtime_ns, path.parent.name, record))
@@ -84,6 +94,12 @@ def folder_links(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return [(name, "./" + quote(os.fsencode(name))) for name in names]
 
 
+def _figure(incident: Mapping[str, Any], key: str) -> str:
+    if key in incident.get("nonfinite", ()):
+        return NOT_FINITE
+    return "" if incident[key] is None else tables.figure(key, incident[key])
+
+
 def _card(incident: Mapping[str, Any]) -> dict[str, Any]:
     i = incident
     norms = sorted(
@@ -97,11 +113,12 @@ def _card(incident: Mapping[str, Any]) -> dict[str, Any]:
         ("output", i["output_dtype"]), ("at fault", at_fault(i)),
         ("bad parameters", ", ".join(i["bad_parameters"][:MAX_NORMS])),
         ("bad gradients", ", ".join(i["bad_gradients"][:MAX_NORMS])),
-        ("loss", tables.figure("loss", i["loss"])), ("gradient norm", tables.number(i["grad_norm"])),
+        ("stage", i.get("stage")),
+        *((shown, _figure(i, key)) for key, shown in (("loss", "loss"), ("grad_norm", "gradient norm"))),
         ("done", f"{i['action']}: {i['why']}"), ("advice", i["advice"]), ("re-runs", tables.number(i["reruns"])),
-        ("last checkpoint", i["checkpoint"] or "none"), ("time", i["time"]),
+        ("last checkpoint", Path(i["checkpoint"]).name if i["checkpoint"] else "none"), ("time", i["time"]),
     ]  # fmt: skip
-    rows = [(name, tables.number(value)) for name, value in norms[:MAX_NORMS]]
+    rows = [(name, NOT_FINITE if value is None else tables.number(value)) for name, value in norms[:MAX_NORMS]]
     return {
         "title": f"Step {i['step']:,}: {i['cause']}", "what": WHAT.get(i["cause"], ""),
         "tone": {"skip": "fair", "roll_back": "fair", "stop": "bad"}[i["action"]], "action": i["action"],
