@@ -11,14 +11,19 @@ import pytest
 import runs
 import tiny
 import torch
+from ranks_kit import on_ranks
 from safetensors.torch import load_file
 from torch import nn
 
 from lensmith.core.errors import ConfigError, ModelError, UserError
+from lensmith.engine import lean
 from lensmith.engine.optimizer import Keep, MasterAdamW
 from lensmith.engine.options import AdamW
 from lensmith.model import borders, precision
 from lensmith.model.options import Precision
+from lensmith.parallel.fsdp import shard
+from lensmith.parallel.options import FSDP2
+from lensmith.parallel.ranks import Ranks
 from lensmith.recipe.build import build
 from lensmith.recipe.prepare import prepare
 from lensmith.recipe.probe import check_borders, probe_row
@@ -125,6 +130,23 @@ def test_a_saved_state_goes_on_to_the_same_bits(update: Any, moments: torch.dtyp
         assert torch.equal(value, c.tensors()[key]), key
 
 
+@pytest.mark.parametrize("moments", [FULL, HALF], ids=["float32", "bfloat16"])
+def test_updates_in_slices_are_those_of_the_whole(moments: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = torch.randn(64, 32, generator=torch.Generator().manual_seed(3))
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for size in (1 << 24, 100):
+        monkeypatch.setattr(lean, "SLICE", size)
+        p = nn.Parameter(start.clone())
+        optimizer = adam(p, Keep("compensated", HALF, moments=moments), lr=1e-3)
+        stepped(optimizer, p, range(6))
+        found.append((p.detach(), optimizer.tensors()["param/w"]))
+    whole, sliced = found
+    if moments == FULL:
+        assert torch.equal(whole[0], sliced[0]) and torch.equal(whole[1], sliced[1])
+    else:  # moments are rounded with other random numbers
+        assert float((whole[1] - sliced[1]).abs().max()) < 1e-4 < float((whole[1] - start).abs().max())
+
+
 def test_half_precision_moments_do_not_stall() -> None:
     """With beta2 = 0.999 the second moment gains a thousandth a step, a quarter of bfloat16's unit: rounded to nearest
     it would stand still below its limit."""
@@ -146,6 +168,25 @@ def test_gradients_are_added_up_in_their_type(gradients: torch.dtype) -> None:
     for _ in range(64):
         p.float().sum().backward()
     assert optimizer.gradients()[0][1][0, 0] == (320.0 if gradients == FULL else 256.0)
+
+
+def test_fsdp2_adds_up_gradients_in_their_type(tmp_path: Path) -> None:
+    """As above, of shares: every micro-batch's sum over two ranks is exact in bfloat16, their sum is not."""
+
+    def work(rank: int) -> None:
+        ranks = Ranks(rank, 2, rank, 2)
+        for update in ("masters", *LEAN):
+            root: Any = nn.Linear(4, 4, bias=False, dtype=HALF)
+            shard(root, [], [], FSDP2(), ranks, CPU, compute=None, reduce=FULL)
+            keep = {"weight": Keep(update, HALF)}  # type: ignore[arg-type]
+            named = list(root.named_parameters())
+            optimizer = MasterAdamW(named, ["language"], AdamW(), keep, ranks=ranks, sharded_root=root)
+            optimizer.settle()
+            for number in range(65):
+                optimizer.backward(root(torch.full((1, 4), 0.5 if number else 128.0, dtype=HALF)).sum(), last=True)
+            assert (optimizer.gradients()[0][1] == 320.0).all(), update
+
+    on_ranks(2, tmp_path, work)
 
 
 # --- presets in a run -------------------------------------------------------------------------------------------------
@@ -282,6 +323,12 @@ def test_contradictions_are_refused(case: str) -> None:
     with pytest.raises(ConfigError, match="PRECISION") as caught:
         precision.plan(Precision(preset="bf16", parts=parts), CPU, HALF)  # type: ignore[arg-type]
     assert said in str(caught.value)
+
+
+def test_contradictions_are_told_before_data_is_read(tmp_path: Path) -> None:
+    parts = {"vision": {"compute": "float32"}}
+    with pytest.raises(ConfigError, match=r"PRECISION.*precision\.parts\.vision: float32 compute"):
+        runs.located(tmp_path, tmp_path / "none", tmp_path / "none", precision={"preset": "bf16", "parts": parts})
 
 
 def test_float16_in_any_part_has_a_loss_scale() -> None:

@@ -33,7 +33,7 @@ class LeanState:
 
 
 class LeanAdamW:
-    """One slice of a parameter at a time: AdamW's formulas (arXiv 1711.05101) in float32, results rounded into what is kept.
+    """AdamW's formulas (arXiv 1711.05101) in float32, slice by slice, results rounded into what is kept.
 
     The random numbers of an update are a function of seed, name and number of the update: a resumed run has the same.
     """
@@ -57,19 +57,18 @@ class LeanAdamW:
         s.step += 1
         count = int(s.step)
         random = self._random(name, count, p.device)
-        kept = [t if t is None else t.view(-1) for t in (p.detach(), s.exp_avg, s.exp_avg_sq, s.residual)]
-        grad = p.grad.reshape(-1)
+        flat = [t.view(-1) for t in (p.detach(), s.exp_avg, s.exp_avg_sq)]
+        residual, grad = None if s.residual is None else s.residual.view(-1), p.grad.reshape(-1)
         for begin in range(0, p.numel(), SLICE):
-            own = [t if t is None else t[begin : begin + SLICE] for t in kept]
-            self._step(s.update, *own, grad[begin : begin + SLICE], count, lr, weight_decay, random)  # type: ignore[arg-type]
+            here = slice(begin, begin + SLICE)
+            value, m, v = (t[here] for t in flat)
+            own = LeanState(s.update, s.step, m, v, None if residual is None else residual[here])
+            self._step(own, value, grad[here], count, lr, weight_decay, random)
 
     def _step(
         self,
-        update: str,
+        s: LeanState,
         p: torch.Tensor,
-        exp_avg: torch.Tensor,
-        exp_avg_sq: torch.Tensor,
-        residual: torch.Tensor | None,
         grad: torch.Tensor,
         count: int,
         lr: float,
@@ -78,16 +77,16 @@ class LeanAdamW:
     ) -> None:
         """The `count`th update of a slice."""
         (b1, b2), grad = self.betas, grad.float()
-        m = exp_avg.float().lerp_(grad, 1 - b1)
-        v = exp_avg_sq.float().mul_(b2).addcmul_(grad, grad, value=1 - b2)
-        value = _whole(p, residual).mul_(1 - lr * weight_decay)
+        m = s.exp_avg.float().lerp_(grad, 1 - b1)
+        v = s.exp_avg_sq.float().mul_(b2).addcmul_(grad, grad, value=1 - b2)
+        value = _whole(p, s.residual).mul_(1 - lr * weight_decay)
         denominator = (v / (1 - b2**count)).sqrt_().add_(self.eps)
         value.addcdiv_(m, denominator, value=-lr / (1 - b1**count))
-        _store(exp_avg, m, random)
-        _store(exp_avg_sq, v, random)
-        if residual is not None:
-            _split(value, p, residual)
-        elif update == "stochastic":
+        _store(s.exp_avg, m, random)
+        _store(s.exp_avg_sq, v, random)
+        if s.residual is not None:
+            _split(value, p, s.residual)
+        elif s.update == "stochastic":
             _store(p, value, random)
         else:  # plain float32 parameters whose moments are kept in half precision
             p.copy_(value)
