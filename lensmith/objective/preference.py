@@ -97,9 +97,8 @@ class Sequences:
         assert of is not None
         sequence_S = torch.from_numpy(of.sequence_S).to(device, torch.long)
         reference = None if of.reference_B is None else torch.from_numpy(of.reference_B).to(device).double()
-        if (
-            reference is not None
-        ):  # behind an infinite ratio some losses are flat, and the answer would silently not train
+        if reference is not None:
+            # behind an infinite ratio some losses are flat, and the answer would silently not train
             reference = torch.where(reference.isfinite(), reference, torch.nan)
         return cls(
             of,

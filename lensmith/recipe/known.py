@@ -71,12 +71,14 @@ class Known:
         return not mismatched or all(pair in self.mismatched for pair in pairs_of(step))
 
     def learn(self, of: Compared, logp_B: np.ndarray) -> None:
-        """What comes out as not a number was computed all the same: it stands as -inf, which stops its sample."""
-        logp_B = np.where(np.isnan(logp_B), -np.inf, logp_B)
+        """What comes out as not a number was computed all the same: of a sample's own answers it stands as -inf, so that
+        the step that shows them is vetoed and names it."""
         if (of.other_B >= 0).any():
             pairs = zip(of.sample_B.tolist(), of.other_B.tolist(), strict=True)
             self.mismatched |= dict(zip(pairs, logp_B.tolist(), strict=True))
-        elif self.pairs:
+            return
+        logp_B = np.where(np.isnan(logp_B), -np.inf, logp_B)
+        if self.pairs:
             self.values_N2[of.sample_B[0::2]] = np.stack([logp_B[0::2], logp_B[1::2]], axis=1)
         else:
             self.values_N2[of.sample_B, 0] = logp_B
@@ -93,7 +95,7 @@ class Known:
         every = ranks.gather_tensor(mine, "share the reference").numpy()
         found = np.fmax.reduce(every, axis=0)  # NaN where no rank knows
         self.values_N2 = found.reshape(-1, 2).astype(np.float32)
-        mine_too = [[a, b, v] for (a, b), v in self.mismatched.items() if not math.isnan(v)]
+        mine_too = [[a, b, v] for (a, b), v in self.mismatched.items() if math.isfinite(v)]
         said: list[Any] = ranks.gather_json(mine_too, "share the reference")
         self.mismatched = {(int(a), int(b)): float(v) for rank in said for a, b, v in rank}
 
