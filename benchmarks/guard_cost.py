@@ -32,13 +32,15 @@ import torch
 from torch import nn
 
 import lensmith
-from lensmith.data.pipeline import Pipeline, StepRows
-from lensmith.engine.loop import Callbacks, Loop
+from lensmith.data.pipeline import Pipeline
+from lensmith.engine.loop import Callbacks, Loop, Signals
 from lensmith.engine.options import Guard
 from lensmith.engine.rescue import Rescue
 from lensmith.objective.by_source import BySource
+from lensmith.parallel.ranks import Ranks
 from lensmith.recipe.build import Built, build
 from lensmith.recipe.prepare import Prepared, prepare
+from lensmith.recipe.together import SharedStep, shared_steps
 from lensmith.report.terminal import Terminal
 
 BASE = Path(lensmith.__file__).parent / "assets" / "tiny_vqa"
@@ -54,11 +56,11 @@ def prepared(folder: Path, samples: int, device: str) -> Prepared:
     return prepare(run, Terminal("quiet"))
 
 
-def plain(built: Built) -> Callable[[StepRows], None]:
+def plain(built: Built) -> Callable[[SharedStep], None]:
     """Clipping alone; the loss of each source is added up as the loop does, for it is no part of the guard."""
     optimizer = built.optimizer
 
-    def step(data: StepRows) -> None:
+    def step(data: SharedStep) -> None:
         optimizer.zero_grad()
         sources, total = BySource(), torch.zeros((), dtype=torch.float64)
         for row in data.rows:
@@ -75,7 +77,7 @@ def plain(built: Built) -> Callable[[StepRows], None]:
     return step
 
 
-def guarded(built: Built, about: Prepared, steps: int) -> Callable[[StepRows], None]:
+def guarded(built: Built, about: Prepared, steps: int) -> Callable[[SharedStep], None]:
     run = about.located.run
     nothing: Any = lambda *_: None  # noqa: E731
     rescue = Rescue(built.root.model, nothing, nothing, nothing, nothing, nothing)
@@ -85,7 +87,9 @@ def guarded(built: Built, about: Prepared, steps: int) -> Callable[[StepRows], N
         callbacks=Callbacks(nothing, nothing, nothing, lambda row: row, nothing),
     )  # fmt: skip
 
-    def step(data: StepRows) -> None:
+    loop._signals, loop._last_save = Signals(), 0.0
+
+    def step(data: SharedStep) -> None:
         loop._one(data)
         if loop._check_due(data.step.number + 1):
             loop._sound()
@@ -93,7 +97,7 @@ def guarded(built: Built, about: Prepared, steps: int) -> Callable[[StepRows], N
     return step
 
 
-def timed(step: Callable[[StepRows], None], data: StepRows, device: str) -> float:
+def timed(step: Callable[[SharedStep], None], data: SharedStep, device: str) -> float:
     clock = time.perf_counter if device != "cpu" else time.process_time
     begin = clock()
     step(data)
@@ -116,7 +120,8 @@ def main() -> None:
         kinds = [[plain(c), guarded(c, about, o.pairs)] for c in copies]
         pairs: list[tuple[float, float]] = []
         gc.disable()
-        for n, data in enumerate(Pipeline(about.train, about.plan, about.limits).steps()):
+        steps = Pipeline(about.train, about.plan, about.limits).steps()
+        for n, data in enumerate(shared_steps(steps, Ranks(), copies[0].root.objective.units)):
             own = n // 2 % 2  # which copy is the plain one, and which of the two comes first, change in turn
             seconds = {k: timed(kinds[own ^ k][k], data, o.device) for k in ((0, 1) if n % 2 else (1, 0))}
             pairs.append((seconds[0], seconds[1]))

@@ -23,6 +23,7 @@ from lensmith.checkpoint.findings import Finding
 from lensmith.checkpoint.inspect import Inspection, inspect
 from lensmith.cli import main
 from lensmith.core.errors import ConfigError, ModelError, RunError
+from lensmith.recipe.check import check
 from lensmith.recipe.export import export
 from lensmith.recipe.inspect import inspect_folder, parts_of
 from lensmith.report.terminal import Terminal
@@ -417,6 +418,47 @@ def test_shards_are_repaired_file_by_file(base: Path) -> None:
     assert stock(folder).dtype == F32
 
 
+def test_odd_values_in_config_and_index(base: Path) -> None:
+    folder = sharded(base)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "metadata": [1]}))
+    edit(folder / "config.json", vision_config__dtype="float32")
+    assert mend(folder) == 0 and json.loads(index.read_text())["metadata"]["total_size"] > 0
+    edit(folder / "config.json", model_type=["qwen2_5_vl"])
+    assert parts_of(folder) is None and look(folder) == 0
+
+
+def shard_gone(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def index_of_another_kind(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("[]")
+
+
+def shard_cut(folder: Path) -> None:
+    file = sorted(folder.glob("*.safetensors"))[1]
+    os.truncate(file, file.stat().st_size - 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [(shard_gone, "model-00002-of"), (index_of_another_kind, "weight_map"), (shard_cut, "header and bytes disagree")],
+)
+def test_weights_that_are_not_whole_stop_a_check_and_an_export(
+    base: Path, tmp_path: Path, damage: Any, named: str
+) -> None:
+    """Before time is spent, not out of transformers."""
+    folder, data = sharded(base), tiny.make_chat(tmp_path, 8, pictures=2)
+    check(runs.located(tmp_path / "run", folder, data), QUIET)
+    damage(folder)
+    with pytest.raises(ModelError, match=rf"WEIGHTS.*{named}"):
+        check(runs.located(tmp_path / "run", folder, data), QUIET)
+    with pytest.raises(ModelError, match=rf"WEIGHTS.*{named}"):
+        export(folder, tmp_path / "out", base=None, merge=True, dtype="bfloat16", shard_gb=5.0, terminal=QUIET)
+    assert not [p for p in tmp_path.iterdir() if "out" in p.name]
+
+
 def test_pickles_beside_the_weights_are_a_warning(base: Path) -> None:
     (base / "training_args.bin").write_bytes(b"x")
     assert "training_args.bin" in finding(seen(base), "PICKLED").what
@@ -613,6 +655,20 @@ def test_adapters(tmp_path: Path) -> None:
     assert codes(seen(tmp_path / "good")) == {"MIXED_DTYPES"}
     assert mend(tmp_path / "good", dtype="float32") == 0
     assert set(seen(tmp_path / "good").dtypes) == {F32}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"r": [4]}, {"RANK"}),
+        ({"r": "4", "rank_pattern": {"up_proj": [4]}}, {"RANK"}),
+        ({"modules_to_save": "lm_head"}, {"MODULES_TO_SAVE"}),
+        ({"modules_to_save": 5}, set()),
+    ],
+)
+def test_odd_values_in_the_config_of_an_adapter(tmp_path: Path, config: dict[str, Any], said: set[str]) -> None:
+    folder = adapter(tmp_path / "odd", **config)
+    assert codes(seen(folder)) == said and look(folder) == int(bool(said))
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from torch import nn
 
 from lensmith.data.pipeline import Pipeline
 from lensmith.engine import lean
-from lensmith.model.memory import KINDS, Kind, Ledger, make_fake, without_values
+from lensmith.model.memory import KINDS, NEEDS_VALUES, Kind, Ledger, make_fake, without_values
 from lensmith.recipe import memory as of_run
 from lensmith.recipe.build import build
 from lensmith.recipe.check import check
-from lensmith.recipe.memory import Prediction, predict, save_peak, step_peak, update_peak
+from lensmith.recipe.memory import Prediction, kept_parts, predict, save_peak, step_peak, update_peak
 from lensmith.recipe.prepare import Prepared, prepare
 from lensmith.report.terminal import Terminal
 
@@ -205,9 +205,7 @@ def test_moments_in_half_precision_and_updates_one_parameter_at_a_time(data: Pat
     assert kept + 4 * 4 * max(sizes) <= phases["Update"]["optimizer"] <= kept + 6 * 4 * max(sizes)
 
 
-def test_updates_without_masters_go_slice_by_slice(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_updates_without_masters_go_slice_by_slice(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lean, "SLICE", 1000)
     found = prediction(prepared_run(tmp_path, data, precision={"preset": "bf16-params-compensated"}))
     phases = {phase.name: phase.kinds["optimizer"] for phase in found.phases if phase.name != "Loading"}
@@ -287,6 +285,39 @@ def test_check_shows_precision_and_memory(data: Path, tmp_path: Path, capsys: py
     peak = events["peak"]
     assert peak["bytes"] == sum(peak["by_kind"].values()) < peak["room_bytes"]
     assert "warning" not in events
+
+
+def test_code_that_asks_for_single_values_is_counted(data: Path, tmp_path: Path) -> None:
+    """A frozen tower whose features are looked at, and an optimizer that reads norms; a whole number ends it."""
+    ledger = Ledger(CPU, without_values())
+    with ledger, ledger.fake:
+        x = torch.randn(3)
+        assert bool(torch.isfinite(x).all()) and float(x.sum()) == 1.0
+        with pytest.raises(NEEDS_VALUES):
+            int(x.argmax())
+    frozen_tower = {"kind": "freeze", "train": ["language"]}
+    over: dict[str, Any] = {"optimizer": {"kind": "adafactor", "lr": 1e-3}, "tune": frozen_tower}
+    prepared = prepared_run(tmp_path, data, **over)
+    assert prediction(prepared).peak.total > 0
+
+
+def test_types_are_shown_where_memory_is_not_predicted(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """64 input features in NF4 with double quantisation: half a byte, one for 64, four for 16,384."""
+    pytest.importorskip("bitsandbytes")
+    tune = {"kind": "lora", "full": ["projector"], "quantize": {"bits": 4, "parts": ["language"]}}
+    prepared = prepared_run(tmp_path, data, tune=tune, precision={"preset": "bf16"})
+    check(prepared.located, Terminal("json"))
+    events = {e["event"]: e for e in map(json.loads, capsys.readouterr().out.splitlines())}
+    rows = {row["Part"]: row for row in events["precision"]["rows"]}
+    assert rows["language"].items() >= {"Frozen": "bf16 + nf4", "Trained": "–", "Saved": "–"}.items()
+    assert rows["projector"].items() >= {"Trained": "fp32", "Gradients": "fp32", "Saved": "fp32"}.items()
+    assert "bitsandbytes" in events["warning"]["message"] and "memory" not in events
+    plan, parts = kept_parts(prepared)
+    assert plan.preset == "bf16"
+    packed = [k for k in parts["language"] if k.type == "nf4"]
+    assert packed and all(k.num_bytes == round(k.count * (0.5 + 1 / 64 + 4 / 16384)) for k in packed)
 
 
 def test_check_warns_when_the_device_is_too_small(

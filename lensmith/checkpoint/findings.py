@@ -371,6 +371,13 @@ def _ranges(numbers: list[int]) -> str:
 # -- adapters ---------------------------------------------------------------------------------------------------------
 
 
+def modules_to_save(config: dict[str, Any]) -> list[str]:
+    """The names of an adapter's whole modules; one name counts as a list of one."""
+    found = config.get("modules_to_save")
+    found = [found] if isinstance(found, str) else found
+    return [m for m in found if isinstance(m, str)] if isinstance(found, list) else []
+
+
 def adapter_findings(contents: Contents) -> list[Finding]:
     """The adapter's config against its tensors, and what vLLM refuses of it."""
     config, found = contents.config, list[Finding]()
@@ -394,7 +401,7 @@ def adapter_findings(contents: Contents) -> list[Finding]:
             )
         )
     pattern = config.get("rank_pattern")
-    ranks = {config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())}
+    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
     if other := [t.name for t in contents.tensors if ".lora_A" in t.name and t.shape and t.shape[0] not in ranks]:
         found.append(
             error(
@@ -404,7 +411,7 @@ def adapter_findings(contents: Contents) -> list[Finding]:
                 "restore the adapter_config.json that was saved with it",
             )
         )
-    saved = [m for m in config.get("modules_to_save") or () if isinstance(m, str)]
+    saved = modules_to_save(config)
     if lost := [m for m in saved if not any(f".{m}." in f".{t.name}." for t in contents.tensors)]:
         found.append(
             error(

@@ -17,10 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lensmith.core.errors import ModelError
-from lensmith.model.load import SAFETENSORS_DTYPES, read_header
+from lensmith.model.load import INDEX, SAFETENSORS_DTYPES, WHOLE, read_header
 
-INDEX = "model.safetensors.index.json"
-WHOLE, ADAPTER = "model.safetensors", "adapter_model.safetensors"
+ADAPTER = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 CHUNK_BYTES = 64 << 20
 

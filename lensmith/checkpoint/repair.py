@@ -143,7 +143,9 @@ def _write(contents: Contents, staging: Path, dtype: torch.dtype, tick: Callable
         _rewrite(staging / "config.json", fixed_config(contents.config, dtype))
     if contents.index is not None:
         index = json.loads((contents.folder / INDEX).read_text(encoding="utf-8"))
-        _rewrite(staging / INDEX, {**index, "metadata": {**(index.get("metadata") or {}), "total_size": total}})
+        about = index.get("metadata")
+        about = {**(about if isinstance(about, dict) else {}), "total_size": total}
+        _rewrite(staging / INDEX, {**index, "metadata": about})
 
 
 def _copy(contents: Contents, staging: Path) -> None:

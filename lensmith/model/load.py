@@ -15,11 +15,18 @@ from lensmith.core.errors import ModelError
 from lensmith.model.attention import NAME, register
 from lensmith.model.loading import PLAIN, Loading
 
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def tensor_dtypes(folder: Path) -> dict[str, torch.dtype]:
     """Name -> dtype of every floating-point tensor in the folder's safetensors files, from their headers."""
+    entries = [item for file in weight_files(folder) for item in read_header(file).items()]
+    return {name: SAFETENSORS_DTYPES[e["dtype"]] for name, e in entries if e["dtype"] in SAFETENSORS_DTYPES}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files. Raises `ModelError` when there are none, or not those that the index names."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = [f.name for f in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]]
@@ -29,39 +36,57 @@ def tensor_dtypes(folder: Path) -> dict[str, torch.dtype]:
             f"no .safetensors file in {folder}{extra}",
             remedy="convert the weights to safetensors" if pickled else "",
         )
-    found: dict[str, torch.dtype] = {}
-    for file in files:
-        for name, entry in read_header(file).items():
-            if entry["dtype"] in SAFETENSORS_DTYPES:
-                found[name] = SAFETENSORS_DTYPES[entry["dtype"]]
-    return found
+    index = folder / INDEX
+    sharded = index.is_file() and not (folder / WHOLE).is_file()
+    if sharded and (missing := sorted(_indexed(index) - {file.name for file in files})):
+        raise ModelError("WEIGHTS", f"it names {missing[0]}{_more(missing)}, not in the folder", where=str(index),
+                         remedy="copy or download the folder again")  # fmt: skip
+    return files
+
+
+def _indexed(index: Path) -> set[str]:
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError("WEIGHTS", "no index of tensors (`weight_map`: tensor to file)", where=str(index),
+                         remedy="copy or download the folder again") from None  # fmt: skip
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file: name -> {dtype, shape, data_offsets}."""
+    """The header of a safetensors file: name -> {dtype, shape, data_offsets}. Raises `ModelError` WEIGHTS where it is
+    none, or the file is shorter or longer than it says."""
     with open(file, "rb") as f:
-        head = f.read(8)
+        head, length = f.read(8), os.fstat(f.fileno()).st_size
         size = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-        if not 0 < size <= min(100 << 20, os.fstat(f.fileno()).st_size):
+        if not 0 < size <= min(100 << 20, length):
             raise ModelError("WEIGHTS", "not a safetensors file (its header does not fit)", where=str(file))
         try:
             header: dict[str, Any] = json.loads(f.read(size))
-        except ValueError:
-            raise ModelError("WEIGHTS", "not a safetensors file (its header is not JSON)", where=str(file)) from None
-    header.pop("__metadata__", None)
+            header.pop("__metadata__", None)
+            wanted = 8 + size + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise ModelError("WEIGHTS", "not a safetensors file (its header is not JSON, or of another format)",
+                             where=str(file)) from None  # fmt: skip
+    if wanted != length:
+        raise ModelError("WEIGHTS", f"header and bytes disagree: {wanted:,} bytes by the header, {length:,} on disk",
+                         where=str(file), remedy="copy or download the file again")  # fmt: skip
     return header
 
 
 def base_dtype(folder: Path) -> torch.dtype:
     """The type most values of the model have on disk: what it is saved in again."""
     sizes: dict[torch.dtype, int] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         for entry in read_header(file).values():
             begin, end = entry["data_offsets"]
             if (dtype := SAFETENSORS_DTYPES.get(entry["dtype"])) is not None:
                 sizes[dtype] = sizes.get(dtype, 0) + end - begin
     if not sizes:
-        tensor_dtypes(folder)
+        raise ModelError("WEIGHTS", "no floating-point tensor in its safetensors files", where=str(folder))
     return max(sizes, key=lambda d: sizes[d])
 
 

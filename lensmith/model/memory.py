@@ -48,7 +48,8 @@ class Ledger(TorchDispatchMode):
     """Bytes of the storages on `device` that live, by kind; `peak`: those at the moment of the largest sum.
 
     A storage is of the kind in force when it is made (`making`). Among activations, `logits` have the vocabulary along
-    their last axis, and `casts` are copies of parameters in another type.
+    their last axis, and `casts` are copies of parameters in another type. Code that asks for a single value is told yes
+    (is it finite?) or 1.0 (a norm): sizes do not depend on those. Of a whole number they may, and there it ends.
     """
 
     def __init__(self, device: torch.device, fake: FakeTensorMode, kept_below: int = 0):
@@ -66,6 +67,9 @@ class Ledger(TorchDispatchMode):
         self._parameters: set[weakref.ref[Any]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asked = args[0] if func is torch.ops.aten._local_scalar_dense.default else None
+        if isinstance(asked, FakeTensor) and (asked.dtype == torch.bool or asked.is_floating_point()):
+            return asked.dtype == torch.bool or 1.0
         if func.namespace == "aten" and func.overloadpacket.__name__ in ("index", "index_put", "index_put_"):
             args = (args[0], _places(args[1]), *args[2:])
         with self.fake if func.__name__.startswith("rand") else nullcontext():  # noise of an update: of nothing fake

@@ -22,6 +22,11 @@ SCALE_ERROR = 0.02
 """Scales in 8 bits are off by up to this share of the largest weight."""
 
 
+def bytes_of_value(options: Quantize) -> float:
+    """Of a quantised weight, with its share of the scales: float32, or 8 bits and a float32 one for 256 of them."""
+    return options.bits / 8 + (1 + 4 / 256 if options.double else 4) / BLOCK
+
+
 def check_installed(key: str, extra: str) -> None:
     """Raises `ConfigError` PACKAGE where there is no bitsandbytes. `key`: what needs it."""
     if importlib.util.find_spec("bitsandbytes") is None:

@@ -147,12 +147,13 @@ def _show_memory(prepared: Prepared, plan: Plan, terminal: Terminal) -> None:
         with terminal.progress("Predicting memory", None, counted=False):
             found = predict(prepared, prepared.train, plan)
     except NEEDS_VALUES as error:
+        terminal.show("precision", precision_table(prepared))
         terminal.warning(f"memory is not predicted: the model cannot run without values ({error})")
         return
+    terminal.show("precision", precision_table(prepared))
     if found is None:
         terminal.warning("memory is not predicted: no sample of the largest row can be read")
         return
-    terminal.show("precision", precision_table(prepared, found))
     terminal.show("memory", memory_table(found))
     peak, most = found.peak, room(found.device)
     kind = "GPU" if found.device.type == "cuda" else "machine"
@@ -178,39 +179,39 @@ def _what_helps(prepared: Prepared) -> str:
     return f"what helps: {', '.join(helps)}"
 
 
-def precision_table(prepared: Prepared, found: Prediction) -> Table:
-    """One row per part: types on disk, in memory, in compute, of gradients and optimizer, and as saved."""
+def precision_table(prepared: Prepared) -> Table:
+    """One row per part: types on disk, in memory, in compute, of gradients and optimizer, and as saved. With
+    adapters, only they and what trains beside them are saved."""
     from lensmith.model.load import tensor_dtypes
-    from lensmith.model.precision import part_in
+    from lensmith.recipe.memory import kept_parts
 
+    plan, parts = kept_parts(prepared)
     part_of, on_disk = prepared.family.part_of, tensor_dtypes(prepared.model_folder)
-    parts: dict[str, list[Any]] = {}
-    for name, p in found.built.tuned.model.named_parameters():
-        parts.setdefault(part_in(part_of, name), []).append(p)
-    single = len(set(on_disk.values())) == 1
-
+    single, lora = len(set(on_disk.values())) == 1, prepared.located.run.tune.kind == "lora"
     rows: list[tuple[str, ...]] = []
-    for part, tensors in parts.items():
-        plan, trained = found.built.precision.of(part), [p for p in tensors if p.requires_grad]
+    for part, kept in parts.items():
+        own, trained = plan.of(part), [k for k in kept if k.trained]
         files = [] if part == "adapter" else [d for name, d in on_disk.items() if single or part_of(name) == part]
-        update = "" if plan.update == "plain" else f", {plan.update}"
+        update = "" if own.update == "plain" else f", {own.update}"
+        moments = "8 bits" if prepared.located.run.optimizer.kind == "adamw_8bit" else _types([own.optimizer])
+        saved = [plan.of("adapter" if lora else part).saved] if trained or not lora else []
         rows.append(
             (
-                part, f"{sum(p.numel() for p in tensors):,}", _types(files),
-                _types(p.dtype for p in tensors if not p.requires_grad), _types(p.dtype for p in trained),
-                _types([plan.compute]), _types([plan.gradients] if trained else []),
-                _types([plan.optimizer]) + update if trained else MISSING, _types([plan.saved]),
-                size(sum(p.numel() * p.element_size() for p in tensors)),
+                part, f"{sum(k.count for k in kept):,}", _types(files),
+                _types(k.type for k in kept if not k.trained), _types(k.type for k in trained),
+                _types([own.compute]), _types([own.gradients] if trained else []),
+                moments + update if trained else MISSING, _types(saved),
+                size(sum(k.num_bytes for k in kept)),
             )
         )  # fmt: skip
     columns = ("Part", "Parameters", "On disk", "Frozen", "Trained", "Compute", "Gradients", "Optimizer", "Saved",
                "In memory")  # fmt: skip
-    return Table(f"Precision ({found.built.precision.preset})", columns, rows, frozenset({"Parameters", "In memory"}))
+    return Table(f"Precision ({plan.preset})", columns, rows, frozenset({"Parameters", "In memory"}))
 
 
 def _types(dtypes: Iterable[Any]) -> str:
     short = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float64": "fp64"}
-    return " + ".join(sorted({short[str(d)] for d in dtypes})) or MISSING
+    return " + ".join(sorted({short.get(str(d), str(d)) for d in dtypes})) or MISSING
 
 
 def memory_table(found: Prediction) -> Table:

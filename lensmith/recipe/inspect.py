@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lensmith.checkpoint import repair as repairing
+from lensmith.checkpoint.findings import modules_to_save
 from lensmith.checkpoint.headers import name_of, read_contents
 from lensmith.checkpoint.inspect import Inspection, inspect
 from lensmith.core.errors import ConfigError, ModelError
@@ -57,10 +58,8 @@ def _inspect(path: Path, values: bool, repair: bool, dtype: str | None, terminal
 
 def parts_of(folder: Path) -> Callable[[str], str] | None:
     """Tensor name -> part, by the family of the model, whatever else its files say; None where no family knows it."""
-    config = read_contents(folder).config
-    if (kind := config.get("model_type")) not in FAMILIES:
-        return None
-    return part_of_kind(kind)
+    kind = read_contents(folder).config.get("model_type")
+    return part_of_kind(kind) if isinstance(kind, str) and kind in FAMILIES else None
 
 
 def _model_folder(path: Path, terminal: Terminal) -> Path:
@@ -150,7 +149,7 @@ def show(found: Inspection, terminal: Terminal) -> None:
         terminal.show("config", _config_table(found))
     else:
         config = found.contents.config
-        saved = ", ".join(config.get("modules_to_save") or ()) or "nothing"
+        saved = ", ".join(modules_to_save(config)) or "nothing"
         terminal.event("adapter", f"adapter of {config.get('base_model_name_or_path')}, rank {config.get('r')}, whole "
                        f"modules: {saved}")  # fmt: skip
     for finding in found.findings:

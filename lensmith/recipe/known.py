@@ -71,8 +71,8 @@ class Known:
         return not mismatched or all(pair in self.mismatched for pair in pairs_of(step))
 
     def learn(self, of: Compared, logp_B: np.ndarray) -> None:
-        """What comes out as not a number was computed all the same: of a sample's own answers it stands as -inf, so that
-        the step that shows them is vetoed and names it."""
+        """What comes out as not a number was computed all the same: of a sample's own answers it stands as -inf, so
+        that the step that shows them is vetoed and names it."""
         if (of.other_B >= 0).any():
             pairs = zip(of.sample_B.tolist(), of.other_B.tolist(), strict=True)
             self.mismatched |= dict(zip(pairs, logp_B.tolist(), strict=True))

@@ -28,6 +28,7 @@ from lensmith.model.attention import NAME, register
 from lensmith.model.load import base_dtype, skeleton, tensor_dtypes, widest_dtype
 from lensmith.model.memory import Kind, Ledger, make_fake, without_values
 from lensmith.model.options import Lora
+from lensmith.model.quantize import bytes_of_value, quantised_layers
 from lensmith.model.root import CHUNK_VALUES
 from lensmith.model.tune import is_adapter
 from lensmith.model.vision_cache import VisionCache
@@ -117,6 +118,36 @@ def predict(prepared: Prepared, index: Index, plan: Plan, ranks: int = 1) -> Pre
     if device.type == "cpu":
         phases[1:] = [replace(phase, features=features) for phase in phases[1:]]
     return Prediction(device, tuple(phases), features, row, built)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A parameter in the memory of a run. `type`: torch's, or how it is quantised."""
+
+    type: torch.dtype | str
+    trained: bool
+    count: int
+    num_bytes: int
+
+
+def kept_parts(prepared: Prepared) -> tuple[precision.PrecisionPlan, dict[str, list[Kept]]]:
+    """Part -> its parameters as they will be in memory; needs no weights, also where memory cannot be predicted."""
+    run, folder, family = prepared.located.run, prepared.model_folder, prepared.family
+    model: Any = skeleton(folder, loading_of(prepared))
+    rule = run.tune.quantize if isinstance(run.tune, Lora) else None
+    layers = [] if rule is None else quantised_layers(model, family, rule)
+    packed = {id(model.get_submodule(name).weight) for name in layers}
+    what_trains = tuned(prepared, model)
+    plan = precision.plan(run.precision, device_of(run), base_dtype(folder))
+    precision.cast(what_trains.model, plan, family.part_of)
+    parts: dict[str, list[Kept]] = {}
+    for name, p in what_trains.model.named_parameters():
+        own: tuple[torch.dtype | str, int] = p.dtype, p.numel() * p.element_size()
+        if rule is not None and id(p) in packed:
+            own = rule.type, round(p.numel() * bytes_of_value(rule))
+        kept = Kept(own[0], p.requires_grad, p.numel(), own[1])
+        parts.setdefault(precision.part_in(family.part_of, name), []).append(kept)
+    return plan, parts
 
 
 def _copy(built: Built, objective: Objective) -> int:

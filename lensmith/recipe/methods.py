@@ -27,6 +27,7 @@ def check_methods(run: Run) -> None:
         if run.tune.quantize is not None:
             _check_quantize(run, run.tune)
     _check_optimizer(run)
+    _check_precision(run)
 
 
 def _check_lora(tune: Lora) -> None:
@@ -77,6 +78,16 @@ def _check_optimizer(run: Run) -> None:
     if (engine := run.parallel.engine.kind) != "local":
         problem = f"parallel.engine is {engine}, which spreads what optimizer.kind {o.kind} needs whole"
         raise ConfigError("ENGINE", problem, remedy="use optimizer: adamw, or parallel.engine: local")
+
+
+def _check_precision(run: Run) -> None:
+    """What contradicts itself in `precision.parts`, whatever the model; of `auto` only the device decides."""
+    if run.precision.parts and run.precision.preset != "auto":
+        import torch
+
+        from lensmith.model import precision
+
+        precision.plan(run.precision, torch.device("cpu"), torch.float32)
 
 
 def check_packages(run: Run) -> None:
