@@ -15,6 +15,7 @@ from ranks_kit import on_ranks
 from safetensors.torch import load_file
 from torch import nn
 
+from lensmith.checkpoint.inspect import inspect
 from lensmith.core.errors import ConfigError, ModelError, UserError
 from lensmith.engine import lean
 from lensmith.engine.optimizer import Keep, MasterAdamW
@@ -24,7 +25,7 @@ from lensmith.model.options import Precision
 from lensmith.parallel.fsdp import shard
 from lensmith.parallel.options import FSDP2
 from lensmith.parallel.ranks import Ranks
-from lensmith.recipe.build import build
+from lensmith.recipe.build import build, rehearse
 from lensmith.recipe.prepare import prepare
 from lensmith.recipe.probe import check_borders, probe_row
 from lensmith.report.terminal import Terminal
@@ -246,6 +247,7 @@ def test_presets_go_nearly_the_same_way(tmp_path: Path, half: Path, chat: Path) 
 def test_a_part_has_its_own_types(tmp_path: Path, half: Path, chat: Path) -> None:
     parts = {
         "vision": {"parameters": "float32", "compute": "float32", "saved": "float32"},
+        "projector": {"saved": "float32"},
         "language": {"optimizer": "bfloat16"},
         "head": {"parameters": "float32", "compute": "float32"},
     }
@@ -273,7 +275,8 @@ def test_a_part_has_its_own_types(tmp_path: Path, half: Path, chat: Path) -> Non
     config = json.loads((model / "config.json").read_text())
     assert (config["dtype"], config["vision_config"]["dtype"]) == ("bfloat16", "float32")
     for name, tensor in load_file(model / "model.safetensors").items():
-        assert tensor.dtype == (FULL if b.root.family.part_of(name) == "vision" else HALF), name
+        assert tensor.dtype == (FULL if b.root.family.part_of(name) in ("vision", "projector") else HALF), name
+    assert not inspect(model, b.root.family.part_of).errors
     state = load_file(model.parent / "state" / "training.safetensors")
     moments = {b.root.family.part_of(k[8:]): v.dtype for k, v in state.items() if k.startswith("exp_avg/")}
     assert moments == {"vision": FULL, "projector": FULL, "language": HALF, "embeddings": FULL, "head": FULL}
@@ -329,6 +332,39 @@ def test_contradictions_are_told_before_data_is_read(tmp_path: Path) -> None:
     parts = {"vision": {"compute": "float32"}}
     with pytest.raises(ConfigError, match=r"PRECISION.*precision\.parts\.vision: float32 compute"):
         runs.located(tmp_path, tmp_path / "none", tmp_path / "none", precision={"preset": "bf16", "parts": parts})
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "said"),
+    [
+        ("qwen3_vl", {"embeddings": "float32"}, r"language\.saved is bfloat16 and .*embeddings\.saved float32"),
+        ("qwen3_vl", {"head": "float32"}, r"language\.saved is bfloat16 and .*head\.saved float32"),
+        ("qwen3_vl", {"vision": "float32"}, r"vision\.saved is float32 and .*projector\.saved bfloat16"),
+        ("minicpmv", {"vision": "float32", "projector": "float32"}, r"language\.saved is bfloat16 and .*vision\.saved"),
+    ],
+)
+def test_saved_types_that_no_config_can_say(
+    tmp_path: Path, chat: Path, kind: str, parts: dict[str, str], said: str
+) -> None:
+    base = all_families.make(tmp_path / "base", kind, HALF)
+    saved = {part: {"saved": dtype} for part, dtype in parts.items()}
+
+    def rehearsed(**over: Any) -> None:
+        limits = {"data": {"max_tokens": 4096}, "batch": {"device_tokens": 4096}}
+        rehearse(prepare(runs.located(tmp_path / "run", base, chat, **limits, **over), Terminal("quiet")))
+
+    with pytest.raises(ConfigError, match=rf"PRECISION.*{said}"):
+        rehearsed(precision={"preset": "bf16", "parts": saved})
+    rehearsed(precision={"preset": "bf16", "parts": saved}, tune={"kind": "lora", "rank": 2})
+    every = {part: {"saved": "float32"} for part in ("vision", "projector", "language", "embeddings", "head")}
+    rehearsed(precision={"preset": "bf16", "parts": every})
+
+
+def test_types_of_an_adapter_need_an_adapter(tmp_path: Path) -> None:
+    over = {"preset": "auto", "parts": {"adapter": {"saved": "bfloat16"}}}
+    with pytest.raises(ConfigError, match=r"PRECISION.*precision\.parts\.adapter.*tune is full"):
+        runs.located(tmp_path, tmp_path / "none", tmp_path / "none", precision=over)
+    runs.located(tmp_path, tmp_path / "none", tmp_path / "none", precision=over, tune={"kind": "lora", "rank": 2})
 
 
 def test_float16_in_any_part_has_a_loss_scale() -> None:

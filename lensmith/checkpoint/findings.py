@@ -16,6 +16,8 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 WEIGHT_PICKLES = ("pytorch_model", "model", "adapter_model", "consolidated")
 _LAYER = re.compile(r"((?:.+?\.)?(?:layers?|blocks))\.(\d+)\.(.+)")
 SHOWN = 5
+FLAT = ("minicpmv",)
+"""Model types whose config has no sub-configs."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ def _has_template(folder: Path) -> bool:
 
 def part_findings(contents: Contents, part_of: Callable[[str], str]) -> list[Finding]:
     """The config against names and shapes, of a model whose family is known."""
-    found: list[Finding] = []
+    found = _sub_configs(contents.config)
     text = contents.config.get("text_config")
     text = text if isinstance(text, dict) else contents.config
     vision = contents.config.get("vision_config")
@@ -276,6 +278,20 @@ def part_findings(contents: Contents, part_of: Callable[[str], str]) -> list[Fin
             )
         )
     return found
+
+
+def _sub_configs(config: dict[str, Any]) -> list[Finding]:
+    odd = [k for k in ("text_config", "vision_config") if not isinstance(config.get(k, {}), dict)]
+    return [
+        error(
+            "CONFIG",
+            f"config.json: {key} is {json.dumps(config[key])}, not an object",
+            "transformers builds a part of its default size in its place",
+            "copy it from the base model",
+        )
+        for key in odd
+        if config.get("model_type") not in FLAT
+    ]
 
 
 def tied(config: dict[str, Any]) -> bool | None:

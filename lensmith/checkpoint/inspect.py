@@ -27,6 +27,7 @@ from lensmith.checkpoint.findings import (
     warning,
 )
 from lensmith.checkpoint.headers import Contents, name_of, read_contents, said_dtypes
+from lensmith.model.load import SCALED
 
 NO_ATTENTION = ("embeddings", "head", "projector")
 HALVES = (torch.bfloat16, torch.float16)
@@ -108,12 +109,13 @@ def inspect(
         found.append(
             warning(
                 "QUANTISED",
-                "config.json has a quantization_config",
+                f"config.json has a quantization_config{_scaled_names(contents)}",
                 "several types are meant then: types are not compared",
                 "compare them with the tool that made it",
             )
         )
     else:
+        found += _scaled(contents)
         wrong = _disagreeing(parts, said, part_of is not None)
         meant = bool(said) and not wrong
         found += wrong + _mixed(parts, adapter, meant)
@@ -125,6 +127,29 @@ def inspect(
     if values:
         found += _not_finite(contents, tick) + _two_heads(contents, part_of)
     return Inspection(contents, parts, said, vllm, tuple(found))
+
+
+def _scaled_names(contents: Contents) -> str:
+    """`; F8_E4M3 are model.a.weight, model.b.weight`, or nothing."""
+    by_code: dict[str, list[str]] = {}
+    for t in contents.tensors:
+        if t.code.startswith(SCALED):
+            by_code.setdefault(t.code, []).append(t.name)
+    return "".join(f"; {code} are {some(names)}" for code, names in by_code.items())
+
+
+def _scaled(contents: Contents) -> list[Finding]:
+    names = _scaled_names(contents)
+    if not names:
+        return []
+    return [
+        error(
+            "QUANTISED",
+            f"config.json has no quantization_config{names}",
+            "transformers and vLLM take these numbers for the weights, without the scales that belong to them",
+            "restore the quantization_config of the tool that made it, or take the model as it was before",
+        )
+    ]
 
 
 def _prefix(name: str) -> str:

@@ -15,6 +15,7 @@ from lensmith.data.encode import Picture, Piece, Template
 from lensmith.data.media import VideoLimits
 from lensmith.data.tokenizer import TextTokenizer
 from lensmith.family.template import default_system, render_vendor
+from lensmith.model.loading import refuse_quantised
 
 if TYPE_CHECKING:
     from lensmith.family.layout import LaidOut
@@ -38,13 +39,25 @@ FAMILIES: dict[str, str] = {
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a model folder; {} when it is not there."""
+    """A JSON file of a model folder; {} when it is not there. Raises `ModelError` MODEL_FILE where it is no object."""
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError("MODEL_FILE", f"not JSON: {error}", where=str(path)) from None
+    if not isinstance(found, dict):
+        raise ModelError("MODEL_FILE", f"not a JSON object but a {type(found).__name__}", where=str(path),
+                         remedy="copy it from the published model")  # fmt: skip
+    return found
+
+
+def _model_type(config: Mapping[str, Any], folder: Path) -> str | None:
+    found = config.get("model_type")
+    if found is not None and not isinstance(found, str):
+        raise ModelError("MODEL_FILE", f"model_type is {found!r}, not a name", where=str(folder / "config.json"),
+                         remedy="copy it from the published model")  # fmt: skip
+    return found
 
 
 def load_family(
@@ -61,13 +74,15 @@ def load_family(
     differs from the family's on a probe. Without `check` such a template is passed over.
     """
     config = read_json(folder / "config.json")
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    model_type = _model_type(config, folder)
+    if model_type is None or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ModelError("MODEL_TYPE", f"model_type {model_type!r} is not a known family",
                          where=str(folder / "config.json"),
                          remedy=f"known: {known}; docs/adding_a_family.md shows how to add one")  # fmt: skip
+    _check_sub_configs(config, model_type, folder)
     _refuse_experts(config, folder)
+    refuse_quantised(config.get("quantization_config"), folder)
     newer = read_json(folder / "processor_config.json")  # transformers 5 reads this one first
     older = read_json(folder / "preprocessor_config.json")
     preprocessor = dict(newer.get("image_processor") or older)
@@ -100,6 +115,17 @@ def load_family(
     if template and check:
         _check_template(template, family)
     return family
+
+
+def _check_sub_configs(config: Mapping[str, Any], model_type: str, folder: Path) -> None:
+    """In place of one that is no object transformers builds a part of its default size, of billions of parameters.
+    A config class of our own has no sub-configs."""
+    if _laid_out(model_type).loading.native is not None:
+        return
+    for key in ("text_config", "vision_config"):
+        if not isinstance(config.get(key, {}), dict):
+            raise ModelError("MODEL_FILE", f"{key} is {json.dumps(config[key])}, not an object (wrong type)",
+                             where=str(folder / "config.json"), remedy="copy it from the published model")  # fmt: skip
 
 
 def _refuse_experts(config: Mapping[str, Any], folder: Path) -> None:
@@ -141,7 +167,7 @@ def loading_of(folder: Path) -> Loading:
     """How the model in `folder` is built; as transformers builds it where no family knows it."""
     from lensmith.model.loading import Loading
 
-    known = read_json(folder / "config.json").get("model_type") in FAMILIES
+    known = _model_type(read_json(folder / "config.json"), folder) in FAMILIES
     return load_family(folder, check=False).loading if known else Loading()
 
 

@@ -13,16 +13,30 @@ from torch import nn
 
 from lensmith.core.errors import ModelError
 from lensmith.model.attention import NAME, register
-from lensmith.model.loading import PLAIN, Loading
+from lensmith.model.loading import FROM_PLAIN, PLAIN, Loading, refuse_quantised
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SCALED = ("F8_", "F6_", "F4")
+"""How the types of 8 bits and less begin: numbers that are weights only together with their scales."""
 
 
 def tensor_dtypes(folder: Path) -> dict[str, torch.dtype]:
     """Name -> dtype of every floating-point tensor in the folder's safetensors files, from their headers."""
-    entries = [item for file in weight_files(folder) for item in read_header(file).items()]
+    entries = _entries(folder)
     return {name: SAFETENSORS_DTYPES[e["dtype"]] for name, e in entries if e["dtype"] in SAFETENSORS_DTYPES}
+
+
+def _entries(folder: Path) -> list[tuple[str, Any]]:
+    """Names and headers of all tensors. Raises `ModelError` QUANTISED for floats of 8 bits and less."""
+    found: list[tuple[str, Any]] = []
+    for file in weight_files(folder):
+        for name, entry in read_header(file).items():
+            if str(entry["dtype"]).startswith(SCALED):
+                raise ModelError("QUANTISED", f"tensor {name} is {entry['dtype']}: no weights without their scales",
+                                 where=str(file), remedy=FROM_PLAIN)  # fmt: skip
+            found.append((name, entry))
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -80,11 +94,10 @@ def read_header(file: Path) -> dict[str, Any]:
 def base_dtype(folder: Path) -> torch.dtype:
     """The type most values of the model have on disk: what it is saved in again."""
     sizes: dict[torch.dtype, int] = {}
-    for file in weight_files(folder):
-        for entry in read_header(file).values():
-            begin, end = entry["data_offsets"]
-            if (dtype := SAFETENSORS_DTYPES.get(entry["dtype"])) is not None:
-                sizes[dtype] = sizes.get(dtype, 0) + end - begin
+    for _, entry in _entries(folder):
+        begin, end = entry["data_offsets"]
+        if (dtype := SAFETENSORS_DTYPES.get(entry["dtype"])) is not None:
+            sizes[dtype] = sizes.get(dtype, 0) + end - begin
     if not sizes:
         raise ModelError("WEIGHTS", "no floating-point tensor in its safetensors files", where=str(folder))
     return max(sizes, key=lambda d: sizes[d])
@@ -150,6 +163,7 @@ def _code(loading: Loading) -> dict[str, Any]:
 
 def _config(folder: Path, loading: Loading) -> Any:
     config: Any = loading.classes()[0].from_pretrained(folder, **_code(loading))
+    refuse_quantised(getattr(config, "quantization_config", None), folder)
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
     if other := kinds - loading.layer_kinds:
         raise ModelError(

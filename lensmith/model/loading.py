@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from lensmith.core.errors import ModelError
 from lensmith.model.remote_code import RemoteCode
 
 
@@ -32,5 +34,15 @@ class Loading:
         return model.config_class, model
 
 
+def refuse_quantised(settings: Any, folder: Path) -> None:
+    """Raises `ModelError` QUANTISED where the config has `settings`, a `quantization_config`."""
+    if settings:
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        raise ModelError("QUANTISED", "config.json has a quantization_config"
+                         f"{f' (quant_method {method})' if method else ''}: its weights are not plain numbers",
+                         where=str(folder / "config.json"), remedy=FROM_PLAIN)  # fmt: skip
+
+
+FROM_PLAIN = "take the model as it was before; tune.quantize keeps it in 4 bits while an adapter trains"
 PLAIN = Loading()
 """As transformers builds it."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lensmith.core.errors import ConfigError
 from lensmith.data.tokenizer import TextTokenizer, tokenizer_text
 from lensmith.engine.determinism import seed_all
 from lensmith.engine.optimizer import MasterAdamW
+from lensmith.family.registry import read_json
 from lensmith.model import precision, tune, value_head
 from lensmith.model.load import base_dtype, is_tied, load_model, skeleton, widest_dtype
 from lensmith.model.loading import Loading
@@ -30,7 +32,7 @@ from lensmith.objective.options import DPO, KTO, ORPO, NextToken, Reward, SimPO
 from lensmith.objective.preference import preference_objective
 from lensmith.parallel.options import Local
 from lensmith.parallel.ranks import Ranks
-from lensmith.recipe.methods import adapter_folders, check_kept, check_packages
+from lensmith.recipe.methods import adapter_folders, check_kept, check_packages, check_saved_types
 from lensmith.recipe.prepare import Prepared, cache_folder
 from lensmith.recipe.run import Run
 from lensmith.recipe.spread import Spread, adding_up, check_engine, exact_values, keep_of, over_ranks
@@ -252,6 +254,7 @@ def rehearse(prepared: Prepared) -> None:
     check_packages(run)
     plan = precision.plan(run.precision, device_of(run), base_dtype(prepared.model_folder))
     model = skeleton(prepared.model_folder, loading_of(prepared))
+    check_saved_types(run, plan, read_json(prepared.model_folder / "config.json"), is_tied(model))
     named = tune.apply(model, run.tune, prepared.family, [], adapter_folders(prepared.located)).trainable()
     _check_rates(run, [_parts(run, prepared.family)(name) for name, _ in named])
     check_kept(run, keep_of(prepared, named, plan))
@@ -268,8 +271,9 @@ def _check_rates(run: Run, parts: Sequence[str]) -> None:
 
 def _parts(run: Run, family: Any) -> Callable[[str], str]:
     """Parameter name -> the part whose rates it has. Adapters are one part, `adapter`, except those in a part that
-    `optimizer.parts` names."""
+    `optimizer.parts` names. Asked for each tensor in each step."""
 
+    @cache
     def part_of(name: str) -> str:
         part = "head" if name.startswith(value_head.PREFIX) else family.part_of(name)
         return "adapter" if tune.is_adapter(name) and part not in run.optimizer.parts else part

@@ -14,6 +14,7 @@ from lensmith.report.terminal import Terminal
 if TYPE_CHECKING:
     from lensmith.engine.optimizer import Keep
     from lensmith.model.lora import Folders
+    from lensmith.model.precision import PrecisionPlan
     from lensmith.recipe.run import Located, Run
 
 CHANGES_WEIGHTS = ("pissa", "olora")
@@ -82,12 +83,31 @@ def _check_optimizer(run: Run) -> None:
 
 def _check_precision(run: Run) -> None:
     """What contradicts itself in `precision.parts`, whatever the model; of `auto` only the device decides."""
+    if "adapter" in run.precision.parts and not isinstance(run.tune, Lora):
+        raise ConfigError("PRECISION", f"precision.parts.adapter: nothing has an adapter, tune is {run.tune.kind}",
+                          remedy="take it out, or set tune: lora")  # fmt: skip
     if run.precision.parts and run.precision.preset != "auto":
         import torch
 
         from lensmith.model import precision
 
         precision.plan(run.precision, torch.device("cpu"), torch.float32)
+
+
+def check_saved_types(run: Run, plan: PrecisionPlan, config: Mapping[str, Any], tied: bool) -> None:
+    """A config names one type for language, embeddings and head and one for vision and projector, or one for all.
+    `config`: of the base; `tied`: the head is the embedding. Raises `ConfigError` PRECISION for types it cannot say."""
+    if isinstance(run.tune, Lora):  # one type for all that is saved
+        return
+    language = ["language", "embeddings", *(() if tied else ("head",))]
+    vision = ["vision", "projector"]
+    for first, *others in (language, vision) if "vision_config" in config else ([*language, *vision],):
+        for part in others:
+            one, other = (str(plan.of(p).saved).removeprefix("torch.") for p in (first, part))
+            if one != other:
+                problem = f"precision.parts.{first}.saved is {one} and precision.parts.{part}.saved {other}"
+                raise ConfigError("PRECISION", f"{problem}: config.json names one type for both",
+                                  remedy="save both in one type")  # fmt: skip
 
 
 def check_packages(run: Run) -> None:
