@@ -378,6 +378,8 @@ def test_the_head_of_a_tied_model_has_no_types_of_its_own(tmp_path: Path, half: 
     over = {"preset": "bf16", "parts": {"head": {"saved": "float32"}}}
     with pytest.raises(ConfigError, match="the head of this model is its embedding"):
         built(tmp_path / "run", half, chat, precision=over)
+    with pytest.raises(ConfigError, match="the head of this model is its embedding"):
+        rehearse(prepare(runs.located(tmp_path / "run", half, chat, precision=over), Terminal("quiet")))
 
 
 WIDE = {"parameters": "float32", "compute": "float32"}

@@ -190,9 +190,7 @@ def assemble(
         beside = adapter_folders(prepared.located).adapter
         tuned.value_head = value_head.make(width, device, run.train.seed, [beside, prepared.model_folder])
     _check_rates(run, [part_of(name) for name, _ in tuned.trainable()])
-    if is_tied(model) and "head" in run.precision.parts:
-        raise ConfigError("PRECISION", "precision.parts.head: the head of this model is its embedding",
-                          remedy="set precision.parts.embeddings instead")  # fmt: skip
+    _check_head(run, model)
     engine = run.parallel.engine if ranks.several else Local()
     optimizer, exact = None, {}
     if isinstance(engine, Local):
@@ -254,6 +252,7 @@ def rehearse(prepared: Prepared) -> None:
     check_packages(run)
     plan = precision.plan(run.precision, device_of(run), base_dtype(prepared.model_folder))
     model = skeleton(prepared.model_folder, loading_of(prepared))
+    _check_head(run, model)
     check_saved_types(run, plan, read_json(prepared.model_folder / "config.json"), is_tied(model))
     named = tune.apply(model, run.tune, prepared.family, [], adapter_folders(prepared.located)).trainable()
     _check_rates(run, [_parts(run, prepared.family)(name) for name, _ in named])
@@ -267,6 +266,12 @@ def _check_rates(run: Run, parts: Sequence[str]) -> None:
     if unused := set(run.optimizer.parts) - set(parts):
         raise ConfigError("CONFIG", f"optimizer.parts sets rates for {sorted(unused)[0]!r}, of which nothing trains",
                           remedy=f"what trains: {', '.join(sorted(set(parts)))}")  # fmt: skip
+
+
+def _check_head(run: Run, model: Any) -> None:
+    if is_tied(model) and "head" in run.precision.parts:
+        raise ConfigError("PRECISION", "precision.parts.head: the head of this model is its embedding",
+                          remedy="set precision.parts.embeddings instead")  # fmt: skip
 
 
 def _parts(run: Run, family: Any) -> Callable[[str], str]:
