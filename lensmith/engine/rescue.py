@@ -36,6 +36,8 @@ ADVICE: dict[str, str] = {
 def advice(found: Finding) -> str:
     if found.cause == "forward_overflow" and found.output_dtype in ("torch.float32", "torch.bfloat16"):
         return "lower optimizer.lr, and look at the weights of this module: its type has all the range there is"
+    if found.cause == "backward_only" and found.output_dtype == "torch.float32":
+        return "lower optimizer.lr or train.clip_norm, and look at what this module computes: it is float32 already"
     return ADVICE[found.cause]
 
 

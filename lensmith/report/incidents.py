@@ -100,6 +100,12 @@ def _figure(incident: Mapping[str, Any], key: str) -> str:
     return "" if incident[key] is None else tables.figure(key, incident[key])
 
 
+def _first(names: Sequence[str], number: int | None) -> str:
+    """The first name, and how many there are. Of gradients the last in the model is the first of the backward pass."""
+    more = (number or len(names)) - 1
+    return "" if not names else names[0] + (f" and {more:,} more" if more else "")
+
+
 def _card(incident: Mapping[str, Any]) -> dict[str, Any]:
     i = incident
     norms = sorted(
@@ -111,8 +117,8 @@ def _card(incident: Mapping[str, Any]) -> dict[str, Any]:
         ("direction", i["direction"]),
         ("largest finite input", "" if largest is None else f"{largest:.6g} {i['input_dtype']}"),
         ("output", i["output_dtype"]), ("at fault", at_fault(i)),
-        ("bad parameters", ", ".join(i["bad_parameters"][:MAX_NORMS])),
-        ("bad gradients", ", ".join(i["bad_gradients"][:MAX_NORMS])),
+        ("bad parameters", _first(i["bad_parameters"], i.get("num_bad_parameters"))),
+        ("bad gradients", _first(i["bad_gradients"][::-1], i.get("num_bad_gradients"))),
         ("stage", i.get("stage")),
         *((shown, _figure(i, key)) for key, shown in (("loss", "loss"), ("grad_norm", "gradient norm"))),
         ("done", f"{i['action']}: {i['why']}"), ("advice", i["advice"]), ("re-runs", tables.number(i["reruns"])),
