@@ -418,14 +418,14 @@ def faults(shim: Path, work: Path, which: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.faults("F02", "sample: every fifth call")
-@pytest.mark.faults("F03", "sample: every fifth call")
-@pytest.mark.faults("F28", "sample: every fifth call")
-def test_faults_at_every_fifth_call_of_a_save(shim: Path, tmp_path: Path, record_property: Any) -> None:
+@pytest.mark.faults("F02", "sample: every tenth call")
+@pytest.mark.faults("F03", "sample: every tenth call")
+@pytest.mark.faults("F28", "sample: every tenth call")
+def test_faults_at_every_tenth_call_of_a_save(shim: Path, tmp_path: Path, record_property: Any) -> None:
     """Killed before a call, in the middle of a write, or out of space from a call on, in turn."""
     found = faults(shim, tmp_path, "sample")
     assert found["wrong"] == {}
-    assert found["calls"] >= 60 and found["cases"] == -(-found["calls"] // 5)
+    assert found["calls"] >= 60 and found["cases"] == -(-found["calls"] // 10)
     record_property("figure", f"sample: {found['cases']} of {found['calls']} calls")
 
 

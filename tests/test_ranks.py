@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -51,33 +52,45 @@ def cell_run(folder: Path, base: Path, source: Path, engine: str, tune: str, **o
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every cell once: on one rank here, and on two in one pair of processes."""
-    folder = tmp_path_factory.mktemp("grid")
-    import os
+CELLS = [(engine, tune, "mixed") for engine in ENGINES for tune in TUNES]
+CELLS += [("fsdp2", "full", "text"), ("zero3", "full", "text")]
+REST = [(e, t, d) for e in ENGINES for t in TUNES for d in DATA if (e, t, d) not in CELLS]
 
+
+def trained(folder: Path, cells: list[tuple[str, str, str]]) -> Path:
+    """Every cell once: on one rank here, and on two in one pair of processes."""
     os.environ["LENSMITH_CACHE"] = str(folder / "cache")
     base = make_model(folder / "model", "qwen2_5_vl")
-    runs: list[Located] = []
     for name, share in DATA.items():
-        source = make_chat(folder / name, 40, seed=1, text_only=share)
-        for tune in TUNES:
-            alone = cell_run(folder, base, source, "alone", tune)
-            with recorded(alone.output.parent.mkdir(parents=True) or alone.output.with_name("run-gradients-0.npz")):
-                quiet_train(alone)
-            runs += [cell_run(folder, base, source, engine, tune) for engine in ENGINES]
+        make_chat(folder / name, 40, seed=1, text_only=share)
+    sources = {name: folder / name / "train.jsonl" for name in DATA}
+    for tune, data in dict.fromkeys((tune, data) for _, tune, data in cells):
+        alone = cell_run(folder, base, sources[data], "alone", tune)
+        with recorded(alone.output.parent.mkdir(parents=True) or alone.output.with_name("run-gradients-0.npz")):
+            quiet_train(alone)
+    runs = [cell_run(folder, base, sources[data], engine, tune) for engine, tune, data in cells]
     for run in runs:
         run.output.parent.mkdir(parents=True)
     train_all(2, folder / "pair", runs)
     return folder
 
 
-@pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize("tune", TUNES)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_two_ranks_are_one(grid: Path, engine: str, tune: str, data: str) -> None:
-    alone, other = grid / f"alone-{tune}-{data}" / "run", grid / f"{engine}-{tune}-{data}" / "run"
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("grid"), CELLS)
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("rest"), REST)
+
+
+@pytest.mark.parametrize(
+    ("engine", "tune", "data"), [*CELLS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in REST)]
+)
+def test_two_ranks_are_one(request: pytest.FixtureRequest, engine: str, tune: str, data: str) -> None:
+    folder: Path = request.getfixturevalue("grid" if (engine, tune, data) in CELLS else "rest")
+    alone, other = folder / f"alone-{tune}-{data}" / "run", folder / f"{engine}-{tune}-{data}" / "run"
     mine, theirs = losses(alone), losses(other)
     assert len(theirs) == STEPS and np.allclose(theirs, mine, rtol=1e-5, atol=0)
     want, found = gradients(alone), gradients(other)
